@@ -1,0 +1,297 @@
+package changelog
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// announceLimit is how many bytes of entries one batch may carry over the bus; a larger one is announced by its
+// position only.
+const announceLimit = 4 << 20
+
+// Appender is the log's only writer: it owns one connection and belongs to one goroutine.
+type Appender struct {
+	conn       *pgx.Conn
+	bus        Bus
+	epoch      int64
+	history    string
+	version    Version // of the checkpoint, durable
+	logged     atomic.Uint64
+	parts      partitions
+	open       bool // a log transaction has begun
+	buf        []byte
+	sql        []byte
+	txs        []Piece // of the open log transaction: transactions to record (entries left out)
+	raises     []Raise
+	entries    []Entry // to announce
+	held       int     // bytes of entries
+	omitted    bool
+	batchRows  int
+	OnAppended func(Appended) // may be nil; called after each durable append, on the appender's goroutine
+}
+
+// Appended says what one log transaction appended.
+type Appended struct {
+	Transactions, Rows int
+	Version            Version
+	LSN                LSN
+	Took               time.Duration
+}
+
+// NewAppender connects, takes the log over (see Claim), and returns its writer. Close it in any case.
+func (l *Log) NewAppender(ctx context.Context, bus Bus, c Claim) (*Appender, *Claimed, error) {
+	cfg := l.pool.Config().ConnConfig
+	conn, err := pgx.ConnectConfig(ctx, cfg)
+	if err != nil {
+		return nil, nil, fmt.Errorf("connect to the change log's database: %w", err)
+	}
+	a := &Appender{conn: conn, bus: bus}
+	if err := durable(ctx, conn); err != nil {
+		a.Close()
+		return nil, nil, err
+	}
+	claimed, err := claim(ctx, conn, c)
+	if err != nil {
+		a.Close()
+		return nil, nil, err
+	}
+	a.epoch, a.history, a.version = claimed.Epoch, claimed.History, claimed.Version
+	a.logged.Store(uint64(claimed.LSN))
+	if err := a.parts.load(ctx, conn); err != nil {
+		a.Close()
+		return nil, nil, err
+	}
+	bus.Publish(&Batch{History: a.history, Prev: claimed.Version, Last: claimed.Version, LSN: claimed.LSN, Omitted: true})
+	return a, claimed, nil
+}
+
+// Close ends the connection; an append that wasn't committed leaves nothing.
+func (a *Appender) Close() {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	a.conn.Close(ctx)
+}
+
+// Logged returns the position up to which every commit of the source is durable in the log. Safe for concurrent use.
+func (a *Appender) Logged() LSN { return LSN(a.logged.Load()) }
+
+// Run appends what the queue brings until ctx ends (nil) or an append fails. After an error the log is as the last
+// durable append left it, or, where the connection broke during a commit, with that commit: claim again and see.
+func (a *Appender) Run(ctx context.Context, q *Queue) error {
+	var pieces []Piece
+	for {
+		clear(pieces)
+		var err error
+		pieces, err = q.Take(ctx, pieces[:0])
+		if err != nil {
+			return nil // ctx ended: what isn't committed comes again from the slot
+		}
+		if err := a.append(ctx, pieces); err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("append to the change log: %w", appendError(err))
+		}
+	}
+}
+
+func appendError(err error) error {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && pg.ConstraintName == "deposed_leader" {
+		return ErrDeposed
+	}
+	return err
+}
+
+// append writes pieces; it commits when the last one ends its source transaction.
+func (a *Appender) append(ctx context.Context, pieces []Piece) error {
+	start := time.Now()
+	last := &pieces[len(pieces)-1]
+	if !a.open && !writes(pieces) {
+		return a.finish(ctx, start, last) // only the checkpoint moves
+	}
+	if err := a.ensurePartitions(ctx, pieces); err != nil {
+		return err
+	}
+	if err := a.copyEntries(ctx, pieces); err != nil {
+		return err
+	}
+	a.collect(pieces)
+	if !last.Final {
+		return nil
+	}
+	return a.finish(ctx, start, last)
+}
+
+func writes(pieces []Piece) bool {
+	for i := range pieces {
+		if len(pieces[i].Entries) > 0 || len(pieces[i].Raises) > 0 || !pieces[i].Final {
+			return true
+		}
+	}
+	return false
+}
+
+// ensurePartitions makes the partitions that the pieces need, before the log transaction begins where it can.
+func (a *Appender) ensurePartitions(ctx context.Context, pieces []Piece) error {
+	for i := range pieces {
+		if n := len(pieces[i].Entries); n > 0 {
+			for _, v := range [...]Version{pieces[i].Tx, pieces[i].Entries[0].Version, pieces[i].Entries[n-1].Version} {
+				if err := a.parts.ensure(ctx, a.conn, v); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// collect remembers what the commit and the announcement need.
+func (a *Appender) collect(pieces []Piece) {
+	for i := range pieces {
+		p := &pieces[i]
+		a.batchRows += len(p.Entries)
+		a.raises = append(a.raises, p.Raises...)
+		if p.Final && p.Tx != 0 {
+			a.txs = append(a.txs, Piece{Tx: p.Tx, Xid: p.Xid})
+		}
+		a.held += p.Size
+		if a.omitted = a.omitted || a.held > announceLimit; a.omitted {
+			a.entries = nil
+			continue
+		}
+		a.entries = append(a.entries, p.Entries...)
+	}
+}
+
+var copyHeader = append([]byte("PGCOPY\n\xff\r\n\x00"), 0, 0, 0, 0, 0, 0, 0, 0)
+
+const copyColumns = `COPY walgate.changes (version, tx, scope, collection, op, size, doc_id, data, guard, changed) FROM STDIN BINARY`
+
+func (a *Appender) copyEntries(ctx context.Context, pieces []Piece) error {
+	sql := copyColumns
+	if !a.open {
+		sql = `BEGIN; ` + copyColumns
+		a.open = true
+	}
+	a.buf = append(a.buf[:0], copyHeader...)
+	for i := range pieces {
+		for j := range pieces[i].Entries {
+			a.buf = appendCopyRow(a.buf, &pieces[i].Entries[j])
+		}
+	}
+	a.buf = append(a.buf, 0xff, 0xff)
+	_, err := a.conn.PgConn().CopyFrom(ctx, bytes.NewReader(a.buf), sql)
+	if cap(a.buf) > 64<<20 { // after one giant row
+		a.buf = nil
+	}
+	return err
+}
+
+func appendCopyRow(b []byte, e *Entry) []byte {
+	be := binary.BigEndian
+	b = append(b, 0, 10, 0, 0, 0, 8)
+	b = be.AppendUint64(b, uint64(e.Version))
+	b = append(b, 0, 0, 0, 8)
+	b = be.AppendUint64(b, uint64(e.Tx))
+	b = append(b, 0, 0, 0, 16)
+	b = append(b, e.Scope[:]...)
+	b = append(b, 0, 0, 0, 4)
+	b = be.AppendUint32(b, uint32(e.Collection))
+	b = append(b, 0, 0, 0, 1, e.Op, 0, 0, 0, 4)
+	b = be.AppendUint32(b, uint32(len(e.Data)))
+	b = be.AppendUint32(b, uint32(len(e.DocID)))
+	b = append(b, e.DocID...)
+	b = appendField(b, e.Data)
+	b = appendField(b, e.Guard)
+	return appendField(b, e.Changed)
+}
+
+func appendField(b, v []byte) []byte {
+	if v == nil {
+		return append(b, 0xff, 0xff, 0xff, 0xff)
+	}
+	b = binary.BigEndian.AppendUint32(b, uint32(len(v)))
+	return append(b, v...)
+}
+
+// finish moves the checkpoint, commits, and announces. The three go in one round trip; everything in the text is a
+// number made here or passed through quote.
+func (a *Appender) finish(ctx context.Context, start time.Time, last *Piece) error {
+	b := a.sql[:0]
+	if len(a.txs) > 0 {
+		b = append(b, `INSERT INTO walgate.transactions (tx, xid) VALUES `...)
+		for i := range a.txs {
+			if i > 0 {
+				b = append(b, ',')
+			}
+			b = append(b, '(')
+			b = strconv.AppendInt(b, int64(a.txs[i].Tx), 10)
+			b = append(b, ',')
+			b = strconv.AppendUint(b, a.txs[i].Xid, 10)
+			b = append(b, ')')
+		}
+		b = append(b, ';')
+	}
+	for i := range a.raises {
+		b = appendRaise(b, &a.raises[i])
+	}
+	version := max(a.version, last.Version)
+	b = fmt.Appendf(b, `UPDATE walgate.checkpoint SET version = %d, lsn = '%s', writer = %d, written_at = clock_timestamp()`, version, last.LSN, a.epoch)
+	if a.open {
+		b = append(b, `; COMMIT`...)
+	}
+	a.sql = b
+	if _, err := a.conn.PgConn().Exec(ctx, string(b)).ReadAll(); err != nil {
+		return err
+	}
+	batch := &Batch{History: a.history, Prev: a.version, Last: version, LSN: last.LSN, Entries: a.entries, Omitted: a.omitted, Raises: a.raises}
+	done := Appended{Transactions: len(a.txs), Rows: a.batchRows, Version: version, LSN: last.LSN, Took: time.Since(start)}
+	a.version = version
+	a.open, a.entries, a.raises, a.omitted, a.held, a.batchRows = false, nil, nil, false, 0, 0
+	a.txs = a.txs[:0]
+	a.logged.Store(uint64(last.LSN)) // the one place that moves "logged"
+	a.bus.Publish(batch)
+	if a.OnAppended != nil {
+		a.OnAppended(done)
+	}
+	return nil
+}
+
+func appendRaise(b []byte, r *Raise) []byte {
+	b = append(b, `UPDATE walgate.collections SET name = name`...)
+	if r.Version != 0 {
+		b = fmt.Appendf(b, `, floor = %d, floor_reason = %s`, r.Version, quote(r.Reason))
+	}
+	if r.Shape != "" {
+		b = append(b, `, shape = `+quote(r.Shape)...)
+	}
+	if r.SetStopped {
+		b = append(b, `, stopped = `+quote(r.Stopped)...)
+	}
+	return fmt.Appendf(b, ` WHERE id = %d;`, r.Collection)
+}
+
+// quote returns s as an SQL literal that is safe whatever standard_conforming_strings says.
+func quote(s string) string {
+	b := []byte(" E'")
+	for i := range len(s) {
+		switch c := s[i]; c {
+		case '\'', '\\':
+			b = append(b, '\\', c)
+		case 0:
+		default:
+			b = append(b, c)
+		}
+	}
+	return string(append(b, '\''))
+}

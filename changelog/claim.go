@@ -1,0 +1,217 @@
+package changelog
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Claim is what a new leader knows when it takes the log over.
+type Claim struct {
+	Source         Server
+	SourceTime     time.Time // the source's clock
+	SlotCreated    bool      // the slot was just made: everything before SlotLSN is lost to the log
+	SlotLSN        LSN       // the slot's confirmed_flush
+	ConfigRevision int64
+	Collections    []ClaimedCollection
+}
+
+// ClaimedCollection is a collection as the new leader's configuration and catalog have it.
+type ClaimedCollection struct {
+	Name        string
+	Fingerprint string
+	Shape       string
+	Retention   time.Duration
+	// Empty says that the table had no rows when looked at after the slot existed: the log reaches back to its beginning.
+	Empty bool
+	// Keep says that the stored shape may become this one without clients noticing.
+	Keep func(stored string) bool
+}
+
+// Claimed is where a new leader starts.
+type Claimed struct {
+	Epoch       int64
+	History     string
+	NewHistory  string // why a new history began; empty: the old one goes on
+	Version     Version
+	LSN         LSN
+	Collections []Collection
+	Raised      []string // "collection: reason" of the floors that the claim raised
+}
+
+// claim makes the caller the log's only writer: it raises the epoch, decides whether the history goes on, and brings the
+// collections' fingerprints, shapes and floors up to date, in one transaction.
+func claim(ctx context.Context, conn *pgx.Conn, c Claim) (*Claimed, error) {
+	storage, err := ServerIdentity(ctx, conn)
+	if err != nil {
+		return nil, err
+	}
+	out := &Claimed{}
+	err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `LOCK TABLE walgate.checkpoint IN SHARE ROW EXCLUSIVE MODE`); err != nil {
+			return err
+		}
+		floor, err := claimCheckpoint(ctx, tx, c, storage, out)
+		if err != nil {
+			return err
+		}
+		return claimCollections(ctx, tx, c, floor, out)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("take the change log over: %w", err)
+	}
+	return out, nil
+}
+
+type stored struct {
+	epoch, revision int64
+	history         string
+	version, floor  Version
+	lsn             LSN
+	source, storage Server
+	serverTime      time.Time
+}
+
+func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, out *Claimed) (Version, error) {
+	var s stored
+	err := tx.QueryRow(ctx, `SELECT epoch, config_revision, history, version, floor, lsn - '0/0'::pg_lsn,
+		source_system, source_timeline, storage_system, storage_timeline, clock_timestamp() FROM walgate.checkpoint`).Scan(
+		&s.epoch, &s.revision, &s.history, &s.version, &s.floor, (*pgLSN)(&s.lsn),
+		&s.source.System, &s.source.Timeline, &s.storage.System, &s.storage.Timeline, &s.serverTime)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		out.NewHistory = "first start"
+		if !c.SlotCreated {
+			out.NewHistory = "the change log was lost"
+		}
+	case err != nil:
+		return 0, err
+	default:
+		if c.ConfigRevision < s.revision {
+			return 0, fmt.Errorf("%w: %d here, %d there: deploy the newer configuration", ErrConfigRevision, c.ConfigRevision, s.revision)
+		}
+		out.NewHistory = broken(s, c, storage)
+	}
+	out.Epoch = s.epoch + 1
+	out.History, out.Version, out.LSN = s.history, s.version, s.lsn
+	floor := s.floor
+	if out.NewHistory != "" {
+		out.History = newHistory(s.history)
+		out.Version = firstVersion(s.version, c.SourceTime, s.serverTime, out.NewHistory == "the change log was lost")
+		out.LSN = c.SlotLSN
+		floor = out.Version
+	}
+	_, err = tx.Exec(ctx, `INSERT INTO walgate.checkpoint (epoch, writer, history, version, floor, lsn, source_system, source_timeline, storage_system, storage_timeline, config_revision)
+		VALUES ($1, $1, $2, $3, $4, '0/0'::pg_lsn + $5::numeric, $6, $7, $8, $9, $10)
+		ON CONFLICT (one) DO UPDATE SET epoch = excluded.epoch, writer = excluded.writer, history = excluded.history, version = excluded.version,
+			floor = excluded.floor, lsn = excluded.lsn, source_system = excluded.source_system, source_timeline = excluded.source_timeline,
+			storage_system = excluded.storage_system, storage_timeline = excluded.storage_timeline, config_revision = excluded.config_revision`,
+		out.Epoch, out.History, int64(out.Version), int64(floor), lsnNumeric(out.LSN), c.Source.System, c.Source.Timeline, storage.System, storage.Timeline, c.ConfigRevision)
+	return floor, err
+}
+
+// broken says why the stored log can't be continued, or "".
+func broken(s stored, c Claim, storage Server) string {
+	switch {
+	case c.SlotCreated:
+		return "the replication slot was lost"
+	case s.source != c.Source:
+		return "the source is another server or timeline than before"
+	case s.storage != storage:
+		return "the change log is on another server or timeline than before"
+	case c.SlotLSN > s.lsn:
+		return fmt.Sprintf("the slot confirms %s but the change log ends at %s", c.SlotLSN, s.lsn)
+	}
+	return ""
+}
+
+// firstVersion lies above every version issued before.
+func firstVersion(stored Version, source, storage time.Time, lost bool) Version {
+	v := max(stored, VersionAt(source), VersionAt(storage), VersionAt(time.Now()))
+	if lost { // nothing remembers what was issued, and a clock may have run ahead
+		v += VersionAt(time.UnixMilli(epochMillis).Add(time.Hour))
+	}
+	return v + 1
+}
+
+// newHistory returns a random id that isn't the last one.
+func newHistory(last string) string {
+	for {
+		var b [2]byte
+		rand.Read(b[:]) // never fails
+		if h := hex.EncodeToString(b[:]); h != last {
+			return h
+		}
+	}
+}
+
+func claimCollections(ctx context.Context, tx pgx.Tx, c Claim, floor Version, out *Claimed) error {
+	rows, err := tx.Query(ctx, collectionsSQL)
+	if err != nil {
+		return err
+	}
+	have, err := pgx.CollectRows(rows, scanCollection)
+	if err != nil {
+		return err
+	}
+	raised := out.Version
+	for _, want := range c.Collections {
+		f, reason := Version(0), ""
+		old := findCollection(have, want.Name)
+		switch {
+		case old == nil && want.Empty && !missed(out.NewHistory):
+			reason = "from the beginning"
+		case old == nil:
+			f, reason = raised, "new collection"
+		case out.NewHistory != "" && want.Empty && out.NewHistory == "first start":
+			reason = "from the beginning"
+		case out.NewHistory != "":
+			f, reason = floor, "new history: "+out.NewHistory
+		case old.Fingerprint != want.Fingerprint:
+			f, reason = raised, "the policy changed"
+		case old.Stopped != "":
+			f, reason = raised, "was stopped: "+old.Stopped
+		case old.Shape != want.Shape && !want.Keep(old.Shape):
+			f, reason = raised, "the table's shape changed"
+		default:
+			f, reason = old.Floor, old.FloorReason
+		}
+		if old != nil && f > old.Floor {
+			out.Raised = append(out.Raised, want.Name+": "+reason)
+		}
+		var st Collection
+		err := tx.QueryRow(ctx, `INSERT INTO walgate.collections (name, fingerprint, shape, floor, floor_reason, retention) VALUES ($1, $2, $3, $4, $5, $6)
+			ON CONFLICT (name) DO UPDATE SET fingerprint = excluded.fingerprint, shape = excluded.shape, floor = excluded.floor,
+				floor_reason = excluded.floor_reason, stopped = '', retention = excluded.retention
+			RETURNING id, name, fingerprint, shape, floor, floor_reason, stopped`,
+			want.Name, want.Fingerprint, want.Shape, int64(f), reason, want.Retention).Scan(&st.ID, &st.Name, &st.Fingerprint, &st.Shape, &st.Floor, &st.FloorReason, &st.Stopped)
+		if err != nil {
+			return err
+		}
+		out.Collections = append(out.Collections, st)
+	}
+	// A collection that is configured no longer isn't logged any more: coming back, it must start anew.
+	names := make([]string, 0, len(c.Collections))
+	for _, w := range c.Collections {
+		names = append(names, w.Name)
+	}
+	_, err = tx.Exec(ctx, `UPDATE walgate.collections SET fingerprint = '', floor_reason = 'not configured' WHERE name <> ALL ($1)`, names)
+	return err
+}
+
+// missed says whether a new history may have lost changes of a table that is empty now.
+func missed(newHistory string) bool { return newHistory != "" && newHistory != "first start" }
+
+func findCollection(cs []Collection, name string) *Collection {
+	for i := range cs {
+		if cs[i].Name == name {
+			return &cs[i]
+		}
+	}
+	return nil
+}

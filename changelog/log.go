@@ -1,0 +1,163 @@
+package changelog
+
+import (
+	"context"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/walgate/walgate/internal/migrate"
+)
+
+//go:embed migrations/*.sql
+var migrationFiles embed.FS
+
+// Log is the change log in one database. Safe for concurrent use.
+type Log struct {
+	pool *pgxpool.Pool
+}
+
+// Open makes a pool of at most maxConns connections to the log's database; it connects when first used. Every session
+// commits durably whatever the database's default is.
+func Open(ctx context.Context, url string, maxConns int) (*Log, error) {
+	cfg, err := pgxpool.ParseConfig(url)
+	if err != nil {
+		return nil, fmt.Errorf("storage url: %w", err)
+	}
+	cfg.MaxConns = int32(maxConns)
+	cfg.ConnConfig.RuntimeParams["application_name"] = "walgate"
+	cfg.AfterConnect = durable
+	pool, err := pgxpool.NewWithConfig(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("storage: %w", err)
+	}
+	return &Log{pool: pool}, nil
+}
+
+// durable makes a session's commits wait for the disk at least; stronger settings stay.
+func durable(ctx context.Context, c *pgx.Conn) error {
+	_, err := c.Exec(ctx, `SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') IN ('off', 'local')`)
+	return err
+}
+
+// Close ends the pool's connections.
+func (l *Log) Close() { l.pool.Close() }
+
+// Migrate creates or updates the log's tables.
+func (l *Log) Migrate(ctx context.Context) error {
+	conn, err := l.pool.Acquire(ctx)
+	if err != nil {
+		return fmt.Errorf("connect to the change log's database: %w", err)
+	}
+	defer conn.Release()
+	sub, err := fs.Sub(migrationFiles, "migrations")
+	if err != nil {
+		return err
+	}
+	return migrate.Up(ctx, conn.Conn(), "log", sub)
+}
+
+// Uninstall drops the log and everything else in schema walgate of its database.
+func (l *Log) Uninstall(ctx context.Context) error {
+	_, err := l.pool.Exec(ctx, `DROP SCHEMA IF EXISTS walgate CASCADE`)
+	return err
+}
+
+// Server is the identity of a PostgreSQL server: it changes when a standby is promoted or a backup restored elsewhere.
+type Server struct {
+	System   string // system identifier
+	Timeline int64
+}
+
+// ServerIdentity asks a connection which server it is on.
+func ServerIdentity(ctx context.Context, q interface {
+	QueryRow(context.Context, string, ...any) pgx.Row
+}) (Server, error) {
+	var s Server
+	err := q.QueryRow(ctx, `SELECT (SELECT system_identifier::text FROM pg_control_system()),
+		('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::bigint`).Scan(&s.System, &s.Timeline)
+	if err != nil {
+		return s, fmt.Errorf("identify the server: %w", err)
+	}
+	return s, nil
+}
+
+// Collection is the stored state of one collection.
+type Collection struct {
+	ID          int32
+	Name        string
+	Fingerprint string
+	Shape       string
+	Floor       Version
+	FloorReason string
+	Stopped     string
+}
+
+// Head is where the log stood in one snapshot.
+type Head struct {
+	Version     Version
+	History     string
+	Floor       Version
+	LSN         LSN
+	Collections []Collection // sorted by id
+}
+
+// Collection returns the state of the collection with this id, or nil.
+func (h *Head) Collection(id int32) *Collection {
+	for i := range h.Collections {
+		if h.Collections[i].ID == id {
+			return &h.Collections[i]
+		}
+	}
+	return nil
+}
+
+const (
+	headSQL        = `SELECT version, history, floor, lsn - '0/0'::pg_lsn FROM walgate.checkpoint`
+	collectionsSQL = `SELECT id, name, fingerprint, shape, floor, floor_reason, stopped FROM walgate.collections ORDER BY id`
+)
+
+// Head reads where the log stands. ErrNotInitialised where no leader has started it yet.
+func (l *Log) Head(ctx context.Context) (*Head, error) {
+	var h Head
+	b := &pgx.Batch{}
+	b.Queue(`BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY`)
+	queueHead(b, &h)
+	b.Queue(`COMMIT`)
+	if err := l.pool.SendBatch(ctx, b).Close(); err != nil {
+		return nil, readError(err)
+	}
+	return &h, nil
+}
+
+// queueHead queues the reading of the checkpoint and of the collections.
+func queueHead(b *pgx.Batch, h *Head) {
+	b.Queue(headSQL).QueryRow(func(r pgx.Row) error {
+		err := r.Scan(&h.Version, &h.History, &h.Floor, (*pgLSN)(&h.LSN))
+		if errors.Is(err, pgx.ErrNoRows) {
+			return ErrNotInitialised
+		}
+		return err
+	})
+	b.Queue(collectionsSQL).Query(func(rows pgx.Rows) (err error) {
+		h.Collections, err = pgx.CollectRows(rows, scanCollection)
+		return err
+	})
+}
+
+func scanCollection(r pgx.CollectableRow) (c Collection, err error) {
+	err = r.Scan(&c.ID, &c.Name, &c.Fingerprint, &c.Shape, &c.Floor, &c.FloorReason, &c.Stopped)
+	return c, err
+}
+
+// Ping says whether the log's database answers.
+func (l *Log) Ping(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	return l.pool.Ping(ctx)
+}

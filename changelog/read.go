@@ -1,0 +1,224 @@
+package changelog
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Request asks for a caller's changes.
+type Request struct {
+	Scopes   [][16]byte // the scope keys that the caller may read, of all collections asked for
+	Since    Version    // exclusive
+	Until    Version    // inclusive; 0: the newest
+	Limit    int        // entries; at least 1
+	MaxBytes int        // of documents; one larger document comes alone
+}
+
+// Page is what a caller's scopes hold after Since, in version order, cut at a transaction's end where possible.
+type Page struct {
+	Head    Head // in the same snapshot, so floors checked against it hold for Entries
+	Entries []Entry
+	Last    Version // everything up to here is in Entries; above Since whenever More
+	More    bool    // there is more up to Until
+	Partial bool    // Entries end within a source transaction
+}
+
+// MaxScopes is how many scope keys one read may name.
+const MaxScopes = 1000
+
+const entryColumns = `version, tx, scope, collection, op, size, doc_id, data, guard, changed`
+
+// pageSQL merges the scopes' index ranges: it reads at most limit entries of each scope, however long the log is, and
+// fetches no document beyond the byte limit.
+const pageSQL = `SELECT ` + entryColumns + ` FROM (
+	SELECT e.*, sum(size) OVER (ORDER BY version, scope ROWS UNBOUNDED PRECEDING) AS total FROM (
+		SELECT x.* FROM unnest($1::uuid[]) AS s(key) CROSS JOIN LATERAL (
+			SELECT ` + entryColumns + ` FROM walgate.changes c
+			WHERE c.scope = s.key AND c.version > $2 AND c.version <= least((SELECT version FROM walgate.checkpoint), $3)
+			ORDER BY c.version LIMIT $4) x
+		ORDER BY x.version, x.scope LIMIT $4) e) p
+	WHERE total - size < $5 ORDER BY version, scope`
+
+// orderSQL reads every scope in version order.
+const orderSQL = `SELECT ` + entryColumns + ` FROM (
+	SELECT e.*, sum(size) OVER (ORDER BY version, scope ROWS UNBOUNDED PRECEDING) AS total FROM (
+		SELECT ` + entryColumns + ` FROM walgate.changes c
+		WHERE c.version > $1 AND c.version <= least((SELECT version FROM walgate.checkpoint), $2)
+		ORDER BY c.version, c.scope LIMIT $3) e) p
+	WHERE total - size < $4 ORDER BY version, scope`
+
+// Read returns one page of a caller's changes. It costs what it returns: what others wrote isn't touched. The caller
+// checks history and floors against Page.Head. Entries hold their own memory.
+func (l *Log) Read(ctx context.Context, r Request) (*Page, error) {
+	if r.Until == 0 {
+		r.Until = maxVersion
+	}
+	return l.page(ctx, r, func(b *pgx.Batch, limit int) *pgx.QueuedQuery {
+		return b.Queue(pageSQL, r.Scopes, int64(r.Since), int64(r.Until), limit, int64(r.MaxBytes))
+	})
+}
+
+// ReadAll returns one page of the whole log, for the hub to close a gap.
+func (l *Log) ReadAll(ctx context.Context, since, until Version, limit, maxBytes int) (*Page, error) {
+	r := Request{Since: since, Until: until, Limit: limit, MaxBytes: maxBytes}
+	return l.page(ctx, r, func(b *pgx.Batch, limit int) *pgx.QueuedQuery {
+		return b.Queue(orderSQL, int64(since), int64(until), limit, int64(maxBytes))
+	})
+}
+
+func (l *Log) page(ctx context.Context, r Request, query func(*pgx.Batch, int) *pgx.QueuedQuery) (*Page, error) {
+	limit := r.Limit
+	for {
+		p := &Page{}
+		bytes := 0
+		b := &pgx.Batch{}
+		b.Queue(`BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY`)
+		query(b, limit+1).Query(func(rows pgx.Rows) (err error) {
+			p.Entries, bytes, err = scanEntries(rows, min(limit, 4096))
+			return err
+		})
+		queueHead(b, &p.Head)
+		b.Queue(`COMMIT`)
+		if err := l.pool.SendBatch(ctx, b).Close(); err != nil {
+			return nil, readError(err)
+		}
+		full := len(p.Entries) > limit
+		heavy := bytes >= r.MaxBytes && len(p.Entries) > 0
+		if !full && !heavy {
+			p.Last = min(p.Head.Version, r.Until)
+			if p.Last < r.Since { // the caller's place is ahead of the log: for the caller to judge
+				p.Last = r.Since
+			}
+			return p, nil
+		}
+		if cut(p) {
+			return p, nil
+		}
+		// All of one version (one change in many scopes), or one giant document alone: look further to know where it ends.
+		if heavy && singleVersion(p.Entries) {
+			return p, l.endsTransaction(ctx, r, p)
+		}
+		limit *= 2
+	}
+}
+
+// cut ends the page before the transaction of its last entry, or, where that is the only one, before the last version.
+// It says whether something is left. The last entry only shows what comes next.
+func cut(p *Page) bool {
+	next := p.Entries[len(p.Entries)-1]
+	i := len(p.Entries) - 1
+	for i > 0 && p.Entries[i-1].Tx == next.Tx {
+		i--
+	}
+	if i > 0 {
+		p.Entries, p.Last, p.More = p.Entries[:i], next.Tx-1, true
+		return true
+	}
+	i = len(p.Entries) - 1
+	for i > 0 && p.Entries[i-1].Version == next.Version {
+		i--
+	}
+	if i > 0 {
+		p.Entries = p.Entries[:i]
+		p.Last, p.More, p.Partial = p.Entries[i-1].Version, true, true
+		return true
+	}
+	return false
+}
+
+func singleVersion(entries []Entry) bool {
+	return entries[0].Version == entries[len(entries)-1].Version
+}
+
+// endsTransaction completes a page of a single version by asking what follows it.
+func (l *Log) endsTransaction(ctx context.Context, r Request, p *Page) error {
+	p.Last, p.More = p.Entries[len(p.Entries)-1].Version, true
+	b := &pgx.Batch{}
+	var after []Entry
+	var q *pgx.QueuedQuery
+	if len(r.Scopes) > 0 {
+		q = b.Queue(pageSQL, r.Scopes, int64(p.Last), int64(r.Until), 1, int64(1))
+	} else {
+		q = b.Queue(orderSQL, int64(p.Last), int64(r.Until), 1, int64(1))
+	}
+	q.Query(func(rows pgx.Rows) (err error) {
+		after, _, err = scanEntries(rows, 1)
+		return err
+	})
+	if err := l.pool.SendBatch(ctx, b).Close(); err != nil {
+		return readError(err)
+	}
+	p.Partial = len(after) > 0 && after[0].Tx == p.Entries[0].Tx
+	return nil
+}
+
+// scanEntries reads rows of entryColumns into entries that share few large buffers.
+func scanEntries(rows pgx.Rows, expect int) ([]Entry, int, error) {
+	var out []Entry
+	var arena []byte
+	hold := func(v []byte) []byte {
+		if v == nil {
+			return nil
+		}
+		if cap(arena)-len(arena) < len(v) {
+			arena = make([]byte, 0, max(len(v), min(64<<10, 512*expect)))
+		}
+		n := len(arena)
+		arena = append(arena, v...)
+		return arena[n:len(arena):len(arena)]
+	}
+	bytes := 0
+	for rows.Next() {
+		v := rows.RawValues()
+		if len(v) != 10 || len(v[0]) != 8 || len(v[1]) != 8 || len(v[2]) != 16 || len(v[3]) != 4 || len(v[4]) != 1 {
+			return nil, 0, fmt.Errorf("read the change log: unexpected row format")
+		}
+		e := Entry{Version: Version(be64(v[0])), Tx: Version(be64(v[1])), Scope: [16]byte(v[2]), Collection: int32(be32(v[3])), Op: v[4][0]}
+		e.DocID, e.Data, e.Guard, e.Changed = hold(v[6]), hold(v[7]), hold(v[8]), hold(v[9])
+		bytes += len(e.Data)
+		out = append(out, e)
+	}
+	return out, bytes, rows.Err()
+}
+
+func be64(b []byte) uint64 { return uint64(be32(b))<<32 | uint64(be32(b[4:])) }
+
+func be32(b []byte) uint32 {
+	return uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
+}
+
+// FirstInvisible returns the version of the oldest logged transaction that the snapshot (pg_current_snapshot's xmax and
+// list of running transactions) doesn't show, and 0 if it shows all; with head, both in one snapshot of the log. Only this
+// history counts: before it, transaction ids may be another server's.
+func (l *Log) FirstInvisible(ctx context.Context, xmax uint64, running []uint64) (Version, *Head, error) {
+	ids := make([]int64, len(running))
+	for i, x := range running {
+		ids[i] = int64(x)
+	}
+	var h Head
+	var first *int64
+	b := &pgx.Batch{}
+	b.Queue(`BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY`)
+	b.Queue(`SELECT min(tx) FROM (SELECT tx FROM walgate.transactions WHERE xid >= $1
+		UNION ALL SELECT tx FROM walgate.transactions WHERE xid = ANY ($2)) t
+		WHERE tx > (SELECT floor FROM walgate.checkpoint)`, int64(xmax), ids).QueryRow(func(r pgx.Row) error { return r.Scan(&first) })
+	queueHead(b, &h)
+	b.Queue(`COMMIT`)
+	if err := l.pool.SendBatch(ctx, b).Close(); err != nil {
+		return 0, nil, readError(err)
+	}
+	if first == nil {
+		return 0, &h, nil
+	}
+	return Version(*first), &h, nil
+}
+
+func readError(err error) error {
+	if errors.Is(err, ErrNotInitialised) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return fmt.Errorf("read the change log: %w", err)
+}
