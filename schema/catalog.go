@@ -1,0 +1,175 @@
+package schema
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Catalog is the tables asked for as they were in one snapshot of pg_catalog. Immutable.
+type Catalog struct {
+	Tables []*Table
+	// Names lists every table of the application as schema.name, for suggestions.
+	Names []string
+	// ServerVersion is server_version_num, e.g. 150018.
+	ServerVersion int
+}
+
+// Table returns the table with this name, or nil.
+func (c *Catalog) Table(schema, name string) *Table {
+	for _, t := range c.Tables {
+		if t.Name == name && t.Schema == schema {
+			return t
+		}
+	}
+	return nil
+}
+
+const relationsSQL = `SELECT c.oid, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text, c.relreplident::text,
+	c.relrowsecurity, c.relispartition,
+	EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE r.prrelid = c.oid AND p.pubname = $2)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname || '.' || c.relname = ANY ($1) AND c.relkind IN ('r','p','v','m','f') ORDER BY 2, 3`
+
+const columnsSQL = `SELECT a.attrelid, a.attnum, a.attname::text, a.atttypid, a.atttypmod, a.attnotnull, a.atthasdef OR a.atthasmissing OR a.attidentity <> '',
+	a.attgenerated::text, a.attstorage::text, coalesce((SELECT collisdeterministic FROM pg_collation WHERE pg_collation.oid = a.attcollation), true)
+FROM pg_attribute a WHERE a.attrelid = ANY ($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum`
+
+const keysSQL = `SELECT indrelid, a.attname::text FROM pg_index i
+	CROSS JOIN LATERAL unnest(i.indkey[0:i.indnkeyatts - 1]) WITH ORDINALITY AS k(num, pos)
+	JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.num
+WHERE i.indisprimary AND i.indrelid = ANY ($1) ORDER BY indrelid, k.pos`
+
+const leavesSQL = `SELECT r.root, c.oid, n.nspname::text, c.relname::text, c.relreplident::text
+FROM unnest($1::oid[]) AS r(root) CROSS JOIN LATERAL pg_partition_tree(r.root) t
+JOIN pg_class c ON c.oid = t.relid JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE t.isleaf AND c.oid <> r.root ORDER BY 1, 2`
+
+const namesSQL = `SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r','p') AND NOT c.relispartition AND n.nspname NOT IN ('pg_catalog','information_schema','walgate') AND n.nspname !~ '^pg_' ORDER BY 1`
+
+// LoadCatalog reads the tables with these names (schema.name) and their types; names that don't exist are left out. It
+// runs in the caller's transaction, if q is one, and sees what that sees. publication decides Table.Published.
+func LoadCatalog(ctx context.Context, q Querier, types *Types, publication string, names []string) (*Catalog, error) {
+	c := &Catalog{}
+	if err := c.load(ctx, q, types, publication, names); err != nil {
+		return nil, fmt.Errorf("read the source's catalog: %w", err)
+	}
+	return c, nil
+}
+
+func (c *Catalog) load(ctx context.Context, q Querier, types *Types, publication string, names []string) error {
+	byOID := map[uint32]*Table{}
+	var oids, roots []uint32
+	err := each(ctx, q, relationsSQL, []any{names, publication}, func(r pgx.Rows) error {
+		t := &Table{}
+		var kind, persistence, identity string
+		if err := r.Scan(&t.OID, &t.Schema, &t.Name, &kind, &persistence, &identity, &t.RowSecurity, &t.Partition, &t.Published); err != nil {
+			return err
+		}
+		t.Kind, t.Persistence, t.Identity = kind[0], persistence[0], identity[0]
+		byOID[t.OID] = t
+		oids = append(oids, t.OID)
+		if t.Kind == 'p' {
+			roots = append(roots, t.OID)
+		}
+		c.Tables = append(c.Tables, t)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if err := loadColumns(ctx, q, types, byOID, oids); err != nil {
+		return err
+	}
+	err = each(ctx, q, keysSQL, []any{oids}, func(r pgx.Rows) error {
+		var oid uint32
+		var name string
+		if err := r.Scan(&oid, &name); err != nil {
+			return err
+		}
+		t := byOID[oid]
+		t.Key = append(t.Key, t.Column(name))
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = each(ctx, q, leavesSQL, []any{roots}, func(r pgx.Rows) error {
+		var root uint32
+		var l Leaf
+		var identity string
+		if err := r.Scan(&root, &l.OID, &l.Schema, &l.Name, &identity); err != nil {
+			return err
+		}
+		l.Identity = identity[0]
+		byOID[root].Leaves = append(byOID[root].Leaves, l)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = each(ctx, q, namesSQL, nil, func(r pgx.Rows) error {
+		var n string
+		err := r.Scan(&n)
+		c.Names = append(c.Names, n)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return each(ctx, q, `SELECT current_setting('server_version_num')::int`, nil, func(r pgx.Rows) error { return r.Scan(&c.ServerVersion) })
+}
+
+func loadColumns(ctx context.Context, q Querier, types *Types, tables map[uint32]*Table, oids []uint32) error {
+	type loaded struct {
+		table, typ uint32
+		column     Column
+	}
+	var all []loaded
+	var typeOIDs []uint32
+	err := each(ctx, q, columnsSQL, []any{oids}, func(r pgx.Rows) error {
+		var l loaded
+		var generated, storage string
+		col := &l.column
+		if err := r.Scan(&l.table, &col.Num, &col.Name, &l.typ, &col.TypMod, &col.NotNull, &col.HasDefault, &generated, &storage, &col.Deterministic); err != nil {
+			return err
+		}
+		col.Generated, col.Virtual = generated != "", generated == "v"
+		col.Toastable = storage != "p"
+		all = append(all, l)
+		typeOIDs = append(typeOIDs, l.typ)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	slices.Sort(typeOIDs)
+	if err := types.Load(ctx, q, slices.Compact(typeOIDs)...); err != nil {
+		return err
+	}
+	for _, l := range all {
+		if l.column.Type = types.Lookup(l.typ); l.column.Type == nil {
+			return fmt.Errorf("column %s.%s has a type (oid %d) that was dropped meanwhile; try again", tables[l.table], l.column.Name, l.typ)
+		}
+		tables[l.table].Columns = append(tables[l.table].Columns, l.column)
+	}
+	return nil
+}
+
+// each calls scan for every row.
+func each(ctx context.Context, q Querier, sql string, args []any, scan func(pgx.Rows) error) error {
+	rows, err := q.Query(ctx, sql, args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		if err := scan(rows); err != nil {
+			return err
+		}
+	}
+	return rows.Err()
+}

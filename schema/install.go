@@ -1,0 +1,275 @@
+package schema
+
+import (
+	"context"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/walgate/walgate/internal/migrate"
+)
+
+//go:embed migrations/*.sql
+var migrationFiles embed.FS
+
+// Publications names the two publications that walgate makes.
+type Publications struct {
+	Rows   string // the synced tables
+	Events string // walgate's own tables whose inserts mark events in the stream; none so far
+}
+
+// PublicationsFor derives both names from the configured one.
+func PublicationsFor(name string) Publications {
+	return Publications{Rows: name, Events: name + "_events"}
+}
+
+// Synced is one table that should be in the publication.
+type Synced struct {
+	Table       *Table
+	KeyIdentity bool // replica identity stays as it is (the primary key) instead of FULL
+}
+
+// Step is a set of statements that run in one transaction.
+type Step struct {
+	What       string
+	Statements []string
+	Locks      bool // waits for locks of the application's transactions: retried with a lock timeout
+}
+
+// Migrate creates or updates walgate's own tables in the source.
+func Migrate(ctx context.Context, conn *pgx.Conn) error {
+	sub, err := fs.Sub(migrationFiles, "migrations")
+	if err != nil {
+		return err
+	}
+	return migrate.Up(ctx, conn, "source", sub)
+}
+
+// MigrationSQL returns what Migrate does as SQL for a DBA.
+func MigrationSQL() string {
+	text, err := migrationFiles.ReadFile("migrations/001_source.sql")
+	if err != nil {
+		panic(err) // embedded: it is there
+	}
+	return `CREATE SCHEMA IF NOT EXISTS walgate;
+CREATE TABLE walgate.migrations (part text, name text, applied_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (part, name));
+INSERT INTO walgate.migrations (part, name) VALUES ('source', '001_source.sql');
+` + string(text)
+}
+
+// Plan returns the steps that bring publication and replica identities to what is wanted; none when all is well.
+// published are the tables that the publication holds now (PublishedTables), exists says which publications exist.
+func Plan(p Publications, serverVersion int, exists map[string]bool, wanted []Synced, published []*Table) []Step {
+	var steps []Step
+	if !exists[p.Rows] {
+		with := `publish = 'insert, update, delete, truncate'`
+		if serverVersion >= 180000 { // else replica identity FULL would break the application's UPDATE of such tables
+			with += `, publish_generated_columns = stored`
+		}
+		steps = append(steps, Step{What: "create publication " + p.Rows, Statements: []string{
+			fmt.Sprintf("CREATE PUBLICATION %s WITH (%s)", ident(p.Rows), with)}})
+	}
+	if !exists[p.Events] {
+		steps = append(steps, Step{What: "create publication " + p.Events, Statements: []string{
+			fmt.Sprintf("CREATE PUBLICATION %s WITH (publish = 'insert')", ident(p.Events))}})
+	}
+	keep := map[uint32]bool{}
+	for _, s := range wanted {
+		keep[s.Table.OID] = true
+		if st := joinStep(p.Rows, s); len(st.Statements) > 0 {
+			steps = append(steps, st)
+		}
+	}
+	for _, t := range published {
+		if !keep[t.OID] {
+			steps = append(steps, Step{What: "take " + t.String() + " out of the publication", Locks: true,
+				Statements: []string{fmt.Sprintf("ALTER PUBLICATION %s DROP TABLE ONLY %s", ident(p.Rows), t.sql())}})
+		}
+	}
+	return steps
+}
+
+// joinStep lets a table join so that no row in flight escapes: the lock waits for the writers, and everything they wrote
+// is decoded by the old rules; everything after is decoded by the new ones.
+func joinStep(publication string, s Synced) Step {
+	t := s.Table
+	type relation struct {
+		oid      uint32
+		sql      string
+		identity byte
+	}
+	alter := []relation{{t.OID, t.sql(), t.Identity}}
+	if t.Kind == 'p' { // rows live in the leaves; a leaf made later inherits nothing of this
+		alter = alter[:0]
+		for _, l := range t.Leaves {
+			alter = append(alter, relation{l.OID, pgx.Identifier{l.Schema, l.Name}.Sanitize(), l.Identity})
+		}
+	}
+	st := Step{What: "let " + t.String() + " join", Locks: true}
+	only := "ONLY "
+	if t.Kind == 'p' {
+		only = ""
+	}
+	lock := fmt.Sprintf("LOCK TABLE %s%s IN SHARE ROW EXCLUSIVE MODE", only, t.sql())
+	for _, r := range alter {
+		if s.KeyIdentity || r.identity == 'f' {
+			continue
+		}
+		st.Statements = append(st.Statements,
+			fmt.Sprintf(`INSERT INTO walgate.tables (relation, former_identity, former_index) SELECT c.oid, c.relreplident, (SELECT indexrelid FROM pg_index WHERE indrelid = c.oid AND indisreplident) FROM pg_class c WHERE c.oid = %s::regclass ON CONFLICT (relation) DO NOTHING`, literal(r.sql)),
+			fmt.Sprintf("ALTER TABLE ONLY %s REPLICA IDENTITY FULL", r.sql))
+	}
+	if !t.Published {
+		target := "ONLY " + t.sql()
+		if t.Kind == 'p' {
+			target = t.sql()
+		}
+		st.Statements = append(st.Statements, fmt.Sprintf("ALTER PUBLICATION %s ADD TABLE %s", ident(publication), target))
+	}
+	if len(st.Statements) > 0 {
+		st.Statements = append([]string{lock}, st.Statements...)
+	}
+	return st
+}
+
+// PublishedTables reads the tables that the publication names, and which of the publications exist.
+func PublishedTables(ctx context.Context, q Querier, p Publications) ([]*Table, map[string]bool, error) {
+	exists := map[string]bool{}
+	err := each(ctx, q, `SELECT pubname::text FROM pg_publication WHERE pubname = ANY ($1)`, []any{[]string{p.Rows, p.Events}}, func(r pgx.Rows) error {
+		var n string
+		err := r.Scan(&n)
+		exists[n] = true
+		return err
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("read publications: %w", err)
+	}
+	var out []*Table
+	err = each(ctx, q, `SELECT c.oid, n.nspname::text, c.relname::text FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+		JOIN pg_class c ON c.oid = r.prrelid JOIN pg_namespace n ON n.oid = c.relnamespace WHERE p.pubname = $1 ORDER BY 2, 3`, []any{p.Rows}, func(r pgx.Rows) error {
+		t := &Table{}
+		out = append(out, t)
+		return r.Scan(&t.OID, &t.Schema, &t.Name)
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("read the publication's tables: %w", err)
+	}
+	return out, exists, nil
+}
+
+// joinAttempts bounds how often a step that waits for locks is tried, two seconds each.
+const joinAttempts = 15
+
+// Execute runs one step in one transaction. A step that waits for locks gives way to the application after two seconds
+// and tries again.
+func Execute(ctx context.Context, conn *pgx.Conn, s Step) error {
+	var err error
+	for attempt := range joinAttempts {
+		err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+			if s.Locks {
+				if _, err := tx.Exec(ctx, `SET LOCAL lock_timeout = '2s'`); err != nil {
+					return err
+				}
+			}
+			for _, sql := range s.Statements {
+				if _, err := tx.Exec(ctx, sql); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		var pg *pgconn.PgError
+		if !errors.As(err, &pg) || pg.Code != "55P03" && pg.Code != "40P01" {
+			break
+		}
+		select { // let the application's queue of lock waiters drain before asking again
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Duration(attempt+1) * 200 * time.Millisecond):
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", s.What, err)
+	}
+	return nil
+}
+
+// String returns the step as SQL for a DBA.
+func (s Step) String() string {
+	b := "-- " + s.What + "\nBEGIN;\n"
+	if s.Locks {
+		b += "SET LOCAL lock_timeout = '2s'; -- repeat the block if it times out\n"
+	}
+	return b + strings.Join(s.Statements, ";\n") + ";\nCOMMIT;\n"
+}
+
+// Uninstall drops the publications and schema walgate and gives every altered table its former replica identity, as far
+// as nobody changed it since. The slot must be gone before (replication.DropSlot), or its next reader fails.
+func Uninstall(ctx context.Context, conn *pgx.Conn, p Publications) error {
+	for _, name := range []string{p.Rows, p.Events} {
+		if _, err := conn.Exec(ctx, "DROP PUBLICATION IF EXISTS "+ident(name)); err != nil {
+			return fmt.Errorf("drop publication %s: %w", name, err)
+		}
+	}
+	var there bool
+	if err := conn.QueryRow(ctx, `SELECT to_regclass('walgate.tables') IS NOT NULL`).Scan(&there); err != nil {
+		return err
+	}
+	if there {
+		if err := restoreIdentities(ctx, conn); err != nil {
+			return err
+		}
+	}
+	if _, err := conn.Exec(ctx, "DROP SCHEMA IF EXISTS walgate CASCADE"); err != nil {
+		return fmt.Errorf("drop schema walgate: %w", err)
+	}
+	return nil
+}
+
+func restoreIdentities(ctx context.Context, conn *pgx.Conn) error {
+	var restore []Step
+	err := each(ctx, conn, `SELECT t.relation::oid::int8, n.nspname::text, c.relname::text, t.former_identity::text, coalesce(i.relname::text, '')
+		FROM walgate.tables t JOIN pg_class c ON c.oid = t.relation JOIN pg_namespace n ON n.oid = c.relnamespace
+		LEFT JOIN pg_class i ON i.oid = t.former_index WHERE c.relreplident = 'f' ORDER BY 2, 3`, nil, func(r pgx.Rows) error {
+		var oid int64
+		var schema, name, identity, index string
+		if err := r.Scan(&oid, &schema, &name, &identity, &index); err != nil {
+			return err
+		}
+		to := "DEFAULT"
+		switch {
+		case identity == "n":
+			to = "NOTHING"
+		case identity == "i" && index != "":
+			to = "USING INDEX " + ident(index)
+		}
+		sql := pgx.Identifier{schema, name}.Sanitize()
+		restore = append(restore, Step{What: "give " + schema + "." + name + " its replica identity back", Locks: true, Statements: []string{
+			"ALTER TABLE ONLY " + sql + " REPLICA IDENTITY " + to, fmt.Sprintf("DELETE FROM walgate.tables WHERE relation = %d", oid)}})
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("read the former replica identities: %w", err)
+	}
+	for _, s := range restore {
+		if err := Execute(ctx, conn, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *Table) sql() string { return pgx.Identifier{t.Schema, t.Name}.Sanitize() }
+
+// SQL returns the table's name quoted for SQL.
+func (t *Table) SQL() string { return t.sql() }
+
+func ident(s string) string { return pgx.Identifier{s}.Sanitize() }
+
+func literal(s string) string { return "'" + strings.ReplaceAll(s, "'", "''") + "'" }

@@ -1,0 +1,74 @@
+package schema
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// Shape writes down what of a table decides how its documents look: one fact per line. Two equal shapes give equal
+// documents for equal rows; it is stored with the log, so that a change made while no gateway ran is noticed.
+func (t *Table) Shape() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "table %d\n", t.OID)
+	for _, k := range t.Key {
+		fmt.Fprintf(&b, "key %q\n", t.Columns[k].Name)
+	}
+	seen := map[uint32]bool{}
+	for _, c := range t.Columns {
+		if c.Generated {
+			continue
+		}
+		fmt.Fprintf(&b, "column %d %q %d %d\n", c.Num, c.Name, c.Type.OID, c.TypMod)
+		writeType(&b, c.Type, seen)
+	}
+	for _, l := range t.Leaves {
+		fmt.Fprintf(&b, "leaf %d\n", l.OID)
+	}
+	return b.String()
+}
+
+// writeType writes what can change under a type's OID.
+func writeType(b *strings.Builder, t *Type, seen map[uint32]bool) {
+	if t == nil || seen[t.OID] {
+		return
+	}
+	seen[t.OID] = true
+	for _, l := range t.Labels {
+		fmt.Fprintf(b, "label %d %q\n", t.OID, l)
+	}
+	for i, f := range t.Fields {
+		fmt.Fprintf(b, "field %d %d %q %d\n", t.OID, i, f.Name, f.Type.OID)
+		writeType(b, f.Type, seen)
+	}
+	writeType(b, t.Base, seen)
+	writeType(b, t.Elem, seen)
+}
+
+// KeepsShape says whether clients that hold documents of the stored shape lack nothing: nothing of it is gone, and what
+// came is only labels of enums and nullable columns without a default (absent means null).
+func (t *Table) KeepsShape(stored string) bool {
+	old, now := strings.Split(stored, "\n"), strings.Split(t.Shape(), "\n")
+	for _, line := range old {
+		if !slices.Contains(now, line) {
+			return false
+		}
+	}
+	quiet := map[string]bool{}
+	for _, c := range t.Columns {
+		if !c.NotNull && !c.HasDefault && c.Type.Base == nil {
+			quiet[fmt.Sprintf("column %d %q %d %d", c.Num, c.Name, c.Type.OID, c.TypMod)] = true
+		}
+	}
+	for _, line := range now {
+		if slices.Contains(old, line) || quiet[line] || strings.HasPrefix(line, "label ") {
+			continue
+		}
+		var oid uint32
+		if n, _ := fmt.Sscanf(line, "field %d ", &oid); n == 1 && !strings.Contains(stored, fmt.Sprintf("field %d ", oid)) {
+			continue // a composite type that came with a new column
+		}
+		return false
+	}
+	return true
+}
