@@ -1,10 +1,20 @@
 package policies
 
 import (
+	"errors"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/walgate/walgate/schema"
 )
+
+// ErrTooManyScopes says that a caller's claims select more than MaxScopes scopes. Who authenticates checks for it and
+// refuses the caller.
+var ErrTooManyScopes = errors.New("the token's claims select more than 1000 scopes: issue a token with fewer values in its array claims")
+
+// MaxScopes is how many scopes one caller's claims may select, over all collections.
+const MaxScopes = 1000
 
 // Spec is one collection as the configuration names it.
 type Spec struct {
@@ -51,12 +61,36 @@ const (
 type Effect struct {
 	Scope ScopeKey
 	Op    Op
+	// Entered says of an Upsert that the row was not in this scope before. In a collection with guards such an entry
+	// carries the guard of an insert (AppendGuard with old nil), or a caller who never saw the row would be told that
+	// it left.
+	Entered bool
 }
 
 // Set is all compiled collections.
 type Set struct {
 	Collections []*Collection // sorted by name
+
+	byTable map[uint32]*Collection // root and leaf OIDs
+	scoped  []claimPath            // claims that scopes name, sorted
+	whole   []string               // claims that filters name, sorted
+	roles   []string               // roles that read rules name, sorted
 }
+
+// ByName returns the collection of that name, or nil.
+func (s *Set) ByName(name string) *Collection {
+	i, found := slices.BinarySearchFunc(s.Collections, name, func(c *Collection, n string) int {
+		return strings.Compare(c.Name, n)
+	})
+	if !found {
+		return nil
+	}
+	return s.Collections[i]
+}
+
+// ByTable returns the collection over the table with that OID, or over the partitioned table of which it is a leaf, or
+// nil.
+func (s *Set) ByTable(oid uint32) *Collection { return s.byTable[oid] }
 
 // Collection is one compiled policy.
 type Collection struct {
@@ -65,17 +99,36 @@ type Collection struct {
 	Fingerprint string // hex; changes when what callers see may change
 	Retention   time.Duration
 	Spec        Spec
+
+	pos      int           // position in the Set
+	scopes   []alternative // nil: everybody's
+	everyone ScopeKey      // the one scope of a collection without scopes
+	filter   *filter       // nil: every row
+	soft     int           // position in Table.Columns, or -1
+	softBool bool          // true: deleted when true; false: deleted when not NULL
+	exclude  map[string]bool
 }
 
-// Binding ties a collection to the layout of the rows that one reader delivers. Not safe for concurrent use.
-type Binding struct {
-	Collection *Collection
+// ScopedByCaller says whether what a caller sees depends on its claims or roles.
+func (c *Collection) ScopedByCaller() bool {
+	return len(c.scopes) > 0 || c.HasGuard() || len(c.Spec.Read.Roles) > 0
 }
 
-// Caller is one authenticated subject with what its claims select. Immutable.
-type Caller struct {
-	Subject string
-	Roles   []string
-	// ScopeHash is 8 hex digits over the claim values and roles that the policies name (design 5).
-	ScopeHash string
+// MayRead says whether the caller has one of the roles that may read; where none is named, every caller may.
+func (c *Collection) MayRead(caller *Caller) bool {
+	if caller == nil {
+		return false
+	}
+	if len(c.Spec.Read.Roles) == 0 {
+		return true
+	}
+	for _, role := range caller.Roles {
+		if slices.Contains(c.Spec.Read.Roles, role) {
+			return true
+		}
+	}
+	return false
 }
+
+// HasGuard says whether the collection's filter names claims, so that its log entries carry a guard for Judge.
+func (c *Collection) HasGuard() bool { return c.filter != nil && len(c.filter.claims) > 0 }
