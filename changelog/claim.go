@@ -17,6 +17,7 @@ type Claim struct {
 	SourceTime     time.Time // the source's clock
 	SlotCreated    bool      // the slot was just made: everything before SlotLSN is lost to the log
 	SlotLSN        LSN       // the slot's confirmed_flush
+	LogExisted     bool      // the source remembers that a log was started
 	ConfigRevision int64
 	Collections    []ClaimedCollection
 }
@@ -86,7 +87,7 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		out.NewHistory = "first start"
-		if !c.SlotCreated {
+		if c.LogExisted {
 			out.NewHistory = "the change log was lost"
 		}
 	case err != nil:

@@ -50,7 +50,8 @@ type message struct {
 	kind      byte
 	xid       uint32
 	commit    time.Time
-	end       changelog.LSN // end of the commit record
+	begins    changelog.LSN // start of the commit record, of a Begin
+	end       changelog.LSN // end of the commit record, of a Commit
 	relation  uint32
 	rel       *relation
 	old, new  schema.Row // nil: not sent
@@ -76,7 +77,7 @@ func (m *message) decode(b []byte) error {
 	m.kind = r.byte()
 	switch m.kind {
 	case msgBegin:
-		r.uint64() // LSN of the commit record
+		m.begins = changelog.LSN(r.uint64())
 		m.commit = time.UnixMicro(int64(r.uint64()) + microsecondsTo2000)
 		m.xid = r.uint32()
 	case msgCommit:

@@ -39,18 +39,20 @@ type sequencer struct {
 	stats   *Stats
 	log     *slog.Logger
 
-	skip    changelog.LSN // transactions that end at or before this are logged already
-	widen   xidWidener
-	inTx    bool
-	millis  int64
-	xid     uint64
-	tx      changelog.Version // version of the first change, 0: none yet
-	fence   bool
-	piece   changelog.Piece
-	arena   []byte
-	scratch []byte
-	effects []policies.Effect
-	deleted map[string]deletedRow // documents deleted in this piece of the transaction
+	logged   changelog.LSN // where the log stood at the start: what ends at or before it is there
+	skipping bool          // the present transaction is logged already
+	widen    xidWidener
+	inTx     bool
+	millis   int64
+	xid      uint64
+	tx       changelog.Version // version of the first change, 0: none yet
+	fence    bool
+	piece    changelog.Piece
+	arena    []byte
+	scratch  []byte
+	docID    []byte
+	effects  []policies.Effect
+	deleted  map[string]deletedRow // documents deleted in this piece of the transaction
 }
 
 // deletedRow remembers a deleted row for as long as an insert of the same document would make both one upsert.
@@ -61,6 +63,7 @@ type deletedRow struct {
 
 func (s *sequencer) begin(m *message) {
 	s.inTx, s.tx, s.fence = true, 0, false
+	s.skipping = m.begins < s.logged // its commit record lies before, so it ends at or before
 	s.millis = m.commit.UnixMilli()
 	s.xid = s.widen.widen(m.xid)
 	s.piece = changelog.Piece{}
@@ -183,8 +186,8 @@ func (s *sequencer) emit(t *target, old, now schema.Row, changed []byte) error {
 	if row == nil {
 		row = old
 	}
-	id, err := t.binding.AppendDocID(s.scratch[:0], row)
-	s.scratch = id
+	id, err := t.binding.AppendDocID(s.docID[:0], row)
+	s.docID = id
 	if err != nil {
 		return err
 	}
@@ -237,8 +240,9 @@ func (s *sequencer) addEntries(t *target, id []byte, old, now schema.Row, change
 		data = s.hold(doc)
 	}
 	if t.guarded {
-		s.scratch = t.binding.AppendGuard(s.scratch[:0], old, now)
-		e.Guard = s.hold(s.scratch)
+		if s.scratch = t.binding.AppendGuard(s.scratch[:0], old, now); len(s.scratch) > 0 {
+			e.Guard = s.hold(s.scratch)
+		}
 	}
 	for _, f := range s.effects {
 		e.Scope, e.Op, e.Data = f.Scope, byte(f.Op), nil

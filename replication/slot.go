@@ -73,10 +73,10 @@ func watchSlotCreation(done <-chan struct{}, cfg *pgx.ConnConfig, pid uint32, sl
 		case <-tick.C:
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+		var holder int64
+		var age time.Duration
 		c, err := pgx.ConnectConfig(ctx, cfg)
 		if err == nil {
-			var holder int64
-			var age time.Duration
 			err = c.QueryRow(ctx, `SELECT pid, clock_timestamp() - xact_start FROM pg_stat_activity
 				WHERE backend_xid IS NOT NULL AND pid <> $1 ORDER BY xact_start LIMIT 1`, int64(pid)).Scan(&holder, &age)
 			c.Close(ctx)

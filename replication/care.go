@@ -1,0 +1,92 @@
+package replication
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/walgate/walgate/changelog"
+)
+
+// Fence commits a transactional logical message durably and returns its place. Once the log has passed that LSN, it
+// holds every transaction that was visible before the call.
+func Fence(ctx context.Context, source interface {
+	BeginTx(context.Context, pgx.TxOptions) (pgx.Tx, error)
+}) (changelog.LSN, error) {
+	var lsn int64
+	tx, err := source.BeginTx(ctx, pgx.TxOptions{})
+	if err == nil {
+		defer tx.Rollback(context.WithoutCancel(ctx))
+		_, err = tx.Exec(ctx, `SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') IN ('off', 'local')`)
+	}
+	if err == nil {
+		err = tx.QueryRow(ctx, `SELECT (pg_logical_emit_message(true, $1, '') - '0/0')::int8`, FencePrefix).Scan(&lsn)
+	}
+	if err == nil {
+		err = tx.Commit(ctx)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("put a fence into the source's WAL: %w", err)
+	}
+	return changelog.LSN(lsn), nil
+}
+
+const (
+	slotCheckInterval = 10 * time.Second
+	expireInterval    = time.Hour // far above the longest read
+)
+
+// care watches the slot and applies retention while this instance leads.
+func (l *Leader) care(ctx context.Context) error {
+	slots, expire := time.NewTicker(slotCheckInterval), time.NewTicker(expireInterval)
+	defer slots.Stop()
+	defer expire.Stop()
+	var droppable changelog.Version
+	if err := l.checkSlot(ctx); err != nil && ctx.Err() == nil {
+		l.o.Logger.Warn("the slot's state can't be read", "error", err)
+	}
+	for {
+		var err error
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-slots.C:
+			err = l.checkSlot(ctx)
+		case <-expire.C:
+			droppable, err = l.expire(ctx, droppable)
+		}
+		if err != nil && ctx.Err() == nil {
+			l.o.Logger.Warn("care of slot and change log failed; trying again", "error", err)
+		}
+	}
+}
+
+func (l *Leader) expire(ctx context.Context, droppable changelog.Version) (changelog.Version, error) {
+	h, err := l.o.Log.Head(ctx)
+	if err != nil {
+		return droppable, err
+	}
+	next, dropped, err := l.o.Log.Expire(ctx, h.Version.Time(), droppable)
+	if len(dropped) > 0 {
+		l.o.Logger.Info("dropped log partitions past their retention", "partitions", dropped)
+	}
+	return next, err
+}
+
+func (l *Leader) checkSlot(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	var h SlotHealth
+	err := l.o.Source.QueryRow(ctx, `SELECT coalesce(pg_current_wal_lsn() - restart_lsn, 0)::int8, coalesce(safe_wal_size, 0)::int8, coalesce(wal_status, '')
+		FROM pg_replication_slots WHERE slot_name = $1`, l.o.Slot).Scan(&h.LagBytes, &h.SafeBytes, &h.Status)
+	if err != nil {
+		return fmt.Errorf("read the state of slot %s: %w", l.o.Slot, err)
+	}
+	l.o.Stats.setSlot(h)
+	if l.o.MaxSlotLag > 0 && h.LagBytes > l.o.MaxSlotLag/2 {
+		l.o.Logger.Warn("the slot holds back much WAL on the source's disk; find the transaction that is open too long or why the log is slow",
+			"slot", l.o.Slot, "lag_bytes", h.LagBytes, "limit_bytes", l.o.MaxSlotLag, "safe_bytes", h.SafeBytes, "wal_status", h.Status)
+	}
+	return nil
+}

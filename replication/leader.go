@@ -1,0 +1,260 @@
+package replication
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/policies"
+	"github.com/walgate/walgate/schema"
+)
+
+// queueBytes bounds what waits between stream and appender.
+const queueBytes = 8 << 20
+
+// Options is what a leader needs.
+type Options struct {
+	Source         *pgxpool.Pool // ordinary connections to the source
+	ReplicationURL string        // a direct connection to the source
+	Slot           string
+	Publications   schema.Publications
+	ConfigRevision int64
+	MaxSlotLag     int64 // bytes that the slot may hold back before it is warned of
+	Log            *changelog.Log
+	Bus            changelog.Bus
+	Watcher        *Watcher
+	Stats          *Stats
+	Logger         *slog.Logger
+}
+
+// Leader tails the source into the log for as long as it holds the slot.
+type Leader struct {
+	o Options
+}
+
+// NewLeader returns a leader; Run does the work.
+func NewLeader(o Options) *Leader { return &Leader{o: o} }
+
+const (
+	firstBackoff = 50 * time.Millisecond
+	lastBackoff  = 5 * time.Second
+)
+
+// Run holds the slot and appends until ctx ends, then returns nil. Whatever fails (the source, the log's database, the
+// slot taken by another instance) is shown in Stats and tried again with growing pauses: serving goes on meanwhile.
+func (l *Leader) Run(ctx context.Context) error {
+	pause := firstBackoff
+	for {
+		began := time.Now()
+		err := l.session(ctx)
+		if ctx.Err() != nil {
+			l.o.Stats.setState(false, nil)
+			return nil
+		}
+		l.o.Stats.setState(false, err)
+		l.o.Stats.Reconnects.Add(1)
+		if time.Since(began) > time.Minute {
+			pause = firstBackoff
+		}
+		if slotBusy(err) {
+			l.o.Logger.Info("another process reads the slot; waiting to take over", "slot", l.o.Slot)
+			pause = min(pause, time.Second)
+		} else {
+			l.o.Logger.Error("replication stopped; trying again", "error", err, "pause", pause.String())
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(pause):
+		}
+		pause = min(pause*2, lastBackoff)
+	}
+}
+
+func slotBusy(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg) && pg.Code == "55006" // object_in_use
+}
+
+// session is one tenure: take the slot, take the log over, stream until something fails.
+func (l *Leader) session(ctx context.Context) error {
+	if err := l.o.Watcher.Reload(ctx); err != nil {
+		return err
+	}
+	src, err := l.prepare(ctx)
+	if err != nil {
+		return err
+	}
+	conn, err := connect(ctx, l.o.ReplicationURL, src.encoding)
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	if err := start(ctx, conn, l.o.Slot, l.o.Publications); err != nil {
+		return err
+	}
+	appender, claimed, err := l.o.Log.NewAppender(ctx, l.o.Bus, src.claim)
+	if err != nil {
+		return err
+	}
+	defer appender.Close()
+	if err := l.rememberHistory(ctx, claimed.History); err != nil {
+		return err
+	}
+	l.report(claimed)
+	return l.stream(ctx, conn, appender, claimed, src.xmax)
+}
+
+func closeConn(conn *pgconn.PgConn) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	conn.Close(ctx)
+}
+
+func (l *Leader) report(c *changelog.Claimed) {
+	log := l.o.Logger.With("slot", l.o.Slot, "history", c.History, "lsn", c.LSN.String(), "epoch", c.Epoch)
+	if c.NewHistory != "" {
+		log.Warn("a new history begins; clients will resynchronise", "reason", c.NewHistory)
+	}
+	for _, r := range c.Raised {
+		log.Warn("clients of this collection will resynchronise", "collection", r)
+	}
+	log.Info("leading: streaming from the slot into the change log")
+	l.o.Stats.Logged.Store(uint64(c.LSN))
+	l.o.Stats.setState(true, nil)
+}
+
+// sourceState is what a leader must know of the source before it takes over.
+type sourceState struct {
+	encoding string
+	xmax     uint64
+	claim    changelog.Claim
+}
+
+func (l *Leader) prepare(ctx context.Context) (*sourceState, error) {
+	pooled, err := l.o.Source.Acquire(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("connect to the source: %w", err)
+	}
+	defer pooled.Release()
+	conn := pooled.Conn()
+	_, exists, err := schema.PublishedTables(ctx, conn, l.o.Publications)
+	if err != nil {
+		return nil, err
+	}
+	if !exists[l.o.Publications.Rows] || !exists[l.o.Publications.Events] {
+		return nil, fmt.Errorf("publication %s or %s is missing: run walgate init", l.o.Publications.Rows, l.o.Publications.Events)
+	}
+	slot, err := EnsureSlot(ctx, conn, l.o.Slot, l.o.Logger)
+	if err != nil {
+		return nil, err
+	}
+	server, err := changelog.ServerIdentity(ctx, conn)
+	if err != nil {
+		return nil, err
+	}
+	s := &sourceState{claim: changelog.Claim{Source: server, SlotLSN: slot.Confirmed, ConfigRevision: l.o.ConfigRevision}}
+	var xmax int64
+	var before bool
+	err = conn.QueryRow(ctx, `SELECT current_setting('server_encoding'), pg_snapshot_xmax(pg_current_snapshot())::text::int8, clock_timestamp(),
+		EXISTS (SELECT FROM walgate.source)`).Scan(&s.encoding, &xmax, &s.claim.SourceTime, &before)
+	if err != nil {
+		return nil, fmt.Errorf("read the source's state: %w", err)
+	}
+	s.xmax = uint64(xmax)
+	s.claim.SlotCreated = slot.Created
+	s.claim.LogExisted = before
+	s.claim.Collections = l.claimed(ctx, conn)
+	return s, nil
+}
+
+// claimed describes the collections as this instance's configuration and the catalog have them.
+func (l *Leader) claimed(ctx context.Context, conn *pgx.Conn) []changelog.ClaimedCollection {
+	d := l.o.Watcher.Current()
+	var out []changelog.ClaimedCollection
+	for _, c := range d.Set.Collections {
+		out = append(out, changelog.ClaimedCollection{
+			Name: c.Name, Fingerprint: c.Fingerprint, Shape: c.Table.Shape(), Retention: c.Retention,
+			Empty: isEmpty(ctx, conn, c.Table), Keep: c.Table.KeepsShape,
+		})
+	}
+	return out
+}
+
+// isEmpty says whether the table has no row; in doubt it has.
+func isEmpty(ctx context.Context, conn *pgx.Conn, t *schema.Table) bool {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	only := "ONLY "
+	if t.Kind == 'p' {
+		only = ""
+	}
+	empty := false
+	err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `SET LOCAL row_security = off`); err != nil {
+			return err
+		}
+		return tx.QueryRow(ctx, `SELECT NOT EXISTS (SELECT FROM `+only+t.SQL()+`)`).Scan(&empty)
+	})
+	return err == nil && empty
+}
+
+// rememberHistory notes in the source that a log exists, so that losing the log is noticed.
+func (l *Leader) rememberHistory(ctx context.Context, history string) error {
+	_, err := l.o.Source.Exec(ctx, `INSERT INTO walgate.source (history) VALUES ($1) ON CONFLICT (one) DO UPDATE SET history = excluded.history`, history)
+	if err != nil {
+		return fmt.Errorf("note the history in the source: %w", err)
+	}
+	return nil
+}
+
+// stream runs the stream, the appender and the care around them until one of them ends.
+func (l *Leader) stream(ctx context.Context, conn *pgconn.PgConn, appender *changelog.Appender, c *changelog.Claimed, xmax uint64) error {
+	queue := changelog.NewQueue(queueBytes)
+	appender.OnAppended = func(a changelog.Appended) {
+		l.o.Stats.appended(a)
+		l.o.Stats.QueueBytes.Store(int64(queue.Len()))
+	}
+	t := &tenure{leader: l, ids: map[string]changelog.Collection{}}
+	for _, col := range c.Collections {
+		t.ids[col.Name] = col
+	}
+	s := &stream{
+		conn: conn, queue: queue, logged: appender.Logged, stats: l.o.Stats, log: l.o.Logger, resolve: t.resolve,
+		received: c.LSN, handed: c.LSN,
+		seq: &sequencer{clock: changelog.NewClock(c.Version), targets: map[uint32]*target{}, stats: l.o.Stats, log: l.o.Logger,
+			logged: c.LSN, widen: xidWidener{near: xmax}},
+	}
+	t.stream = s
+	defer l.o.Watcher.OnChange(t.changed)()
+	t.changed()
+
+	g, gctx := errgroup.WithContext(ctx)
+	appending, stopAppending := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopAppending()
+	g.Go(func() error {
+		defer stopAppending() // after the stream: what it handed over and isn't committed comes again
+		return s.run(gctx)
+	})
+	g.Go(func() error {
+		err := appender.Run(appending, queue)
+		if err == nil && gctx.Err() == nil && ctx.Err() == nil {
+			err = errors.New("the appender ended")
+		}
+		return err
+	})
+	g.Go(func() error { return l.care(gctx) })
+	err := g.Wait()
+	if ferr := s.sendStatus(); err == nil && ctx.Err() == nil {
+		err = ferr
+	}
+	return err
+}

@@ -1,0 +1,84 @@
+package replication
+
+import (
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/walgate/walgate/changelog"
+)
+
+// Stats is what the leader shows of itself. Safe for concurrent use.
+type Stats struct {
+	Received     atomic.Uint64 // LSN read from the stream
+	Logged       atomic.Uint64 // LSN durable in the log
+	Acknowledged atomic.Uint64 // LSN that the source may forget
+	Transactions atomic.Uint64 // logged
+	Rows         atomic.Uint64 // logged
+	Reconnects   atomic.Uint64
+	PolicyErrors atomic.Uint64 // rows that nobody sees because their policy failed
+	CommitNanos  atomic.Int64  // commit time of the newest logged transaction, Unix ns
+	WireNanos    atomic.Int64  // when anything was last received, Unix ns
+	QueueBytes   atomic.Int64
+
+	mu      sync.Mutex
+	leading bool
+	err     string
+	slot    SlotHealth
+	warned  map[string]time.Time
+}
+
+// SlotHealth is how much WAL the slot holds back.
+type SlotHealth struct {
+	LagBytes  int64
+	SafeBytes int64 // until the server invalidates the slot; 0: no bound is set
+	Status    string
+}
+
+// State returns whether this instance leads, and what stopped it last; empty while all is well.
+func (s *Stats) State() (leading bool, err string, slot SlotHealth) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.leading, s.err, s.slot
+}
+
+func (s *Stats) setState(leading bool, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.leading = leading
+	s.err = ""
+	if err != nil {
+		s.err = err.Error()
+	}
+}
+
+func (s *Stats) setSlot(h SlotHealth) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.slot = h
+}
+
+// policyError counts a row that failed closed and names its collection at most once a minute. The error names the
+// expression, never the row's values.
+func (s *Stats) policyError(collection string, err error, log *slog.Logger) {
+	s.PolicyErrors.Add(1)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.warned == nil {
+		s.warned = map[string]time.Time{}
+	}
+	if now := time.Now(); now.Sub(s.warned[collection]) > time.Minute {
+		s.warned[collection] = now
+		log.Warn("a row is visible to nobody because its policy failed; mend the policy's where", "collection", collection, "error", err)
+	}
+}
+
+func (s *Stats) appended(a changelog.Appended) {
+	s.Logged.Store(uint64(a.LSN))
+	s.Transactions.Add(uint64(a.Transactions))
+	s.Rows.Add(uint64(a.Rows))
+	if a.Transactions > 0 {
+		s.CommitNanos.Store(a.Version.Time().UnixNano())
+	}
+}

@@ -1,0 +1,370 @@
+package replication
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgproto3"
+
+	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/schema"
+)
+
+const (
+	// senderTimeout is what the server's walsender waits for a status: a dead gateway frees the slot after it.
+	senderTimeout  = 5 * time.Second
+	statusInterval = time.Second
+	// stallTimeout is silence that no live server keeps: at half its timeout it sends a keepalive.
+	stallTimeout = 2 * senderTimeout
+	// idlePersist is how often the position of an idle source is stored.
+	idlePersist = 10 * time.Second
+)
+
+// stream reads the slot. All its methods but post run on one goroutine, the only one that touches the connection.
+type stream struct {
+	conn    *pgconn.PgConn
+	seq     *sequencer
+	queue   *changelog.Queue
+	logged  func() changelog.LSN
+	resolve func(ctx context.Context, r *relation) (*target, error)
+	stats   *Stats
+	log     *slog.Logger
+
+	msg         message
+	received    changelog.LSN // all commits that end at or before it were handled
+	handed      changelog.LSN // the newest position given to the appender
+	idleAsked   time.Time     // when an idle position was last handed over
+	insisted    time.Time     // when the server last asked for a reply
+	heard       time.Time
+	nextStatus  time.Time
+	failed      error // set by posted work: the session must start anew
+	controlLock sync.Mutex
+	control     []work // to run between transactions
+}
+
+// work is something to do between transactions, once everything up to an LSN was handled.
+type work struct {
+	after changelog.LSN
+	do    func()
+}
+
+// connect opens the replication connection with the display settings that the codec needs.
+func connect(ctx context.Context, url, encoding string) (*pgconn.PgConn, error) {
+	cfg, err := pgconn.ParseConfig(url)
+	if err != nil {
+		return nil, fmt.Errorf("replication url: %w", err)
+	}
+	cfg.RuntimeParams["replication"] = "database"
+	cfg.RuntimeParams["application_name"] = "walgate"
+	cfg.RuntimeParams["wal_sender_timeout"] = fmt.Sprint(senderTimeout.Milliseconds())
+	for _, s := range schema.SessionSettings {
+		cfg.RuntimeParams[s.Name] = s.Value
+	}
+	cfg.RuntimeParams["client_encoding"] = schema.ClientEncoding(encoding)
+	conn, err := pgconn.ConnectConfig(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("open the replication connection (it must reach PostgreSQL directly, not through a pooler): %w", err)
+	}
+	return conn, nil
+}
+
+// start begins streaming where the slot stands.
+func start(ctx context.Context, conn *pgconn.PgConn, slot string, p schema.Publications) error {
+	names := strings.ReplaceAll(ident(p.Rows)+","+ident(p.Events), "'", "''")
+	err := pglogrepl.StartReplication(ctx, conn, slot, 0, pglogrepl.StartReplicationOptions{PluginArgs: []string{
+		"proto_version '1'", "publication_names '" + names + "'", "messages 'true'",
+	}})
+	if err != nil {
+		return fmt.Errorf("start replication from slot %s: %w", slot, err)
+	}
+	return nil
+}
+
+// ident quotes a name for SQL.
+func ident(s string) string { return `"` + strings.ReplaceAll(s, `"`, `""`) + `"` }
+
+// post asks for do to run between two transactions, soon after everything up to an LSN was handled. What it adds to the
+// sequencer's piece is handed over at once. Safe for concurrent use.
+func (s *stream) post(after changelog.LSN, do func()) {
+	s.controlLock.Lock()
+	s.control = append(s.control, work{after, do})
+	s.controlLock.Unlock()
+	s.conn.Conn().SetReadDeadline(time.Unix(1, 0)) // wakes the reader
+}
+
+// run handles messages until ctx ends (nil) or something fails.
+func (s *stream) run(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() { s.conn.Conn().SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	s.heard = time.Now()
+	s.seq.put = func(p changelog.Piece) error { return s.put(ctx, p) }
+	if err := s.tick(ctx); err != nil {
+		return err
+	}
+	for ctx.Err() == nil {
+		m, err := s.conn.ReceiveMessage(context.Background())
+		if err != nil {
+			var timeout net.Error
+			if !errors.As(err, &timeout) || !timeout.Timeout() {
+				return fmt.Errorf("read the replication stream: %w", err)
+			}
+			if err := s.tick(ctx); err != nil {
+				return err
+			}
+			continue
+		}
+		switch m := m.(type) {
+		case *pgproto3.CopyData:
+			err = s.handle(ctx, m.Data)
+		case *pgproto3.ErrorResponse:
+			err = fmt.Errorf("the server ended the replication stream: %w", pgconn.ErrorResponseToPgError(m))
+		}
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return err
+		}
+	}
+	return nil
+}
+
+// tick runs at least once a status interval, whatever else goes on.
+func (s *stream) tick(ctx context.Context) error {
+	now := time.Now()
+	if !now.Before(s.nextStatus) {
+		if err := s.sendStatus(); err != nil {
+			return err
+		}
+		s.nextStatus = now.Add(statusInterval)
+	}
+	if now.Sub(s.heard) > stallTimeout {
+		return errStalled
+	}
+	s.conn.Conn().SetReadDeadline(s.nextStatus)
+	if ctx.Err() != nil {
+		return nil
+	}
+	if s.seq.inTx {
+		return nil
+	}
+	if err := s.runControl(ctx); err != nil {
+		return err
+	}
+	return s.persistIdle(ctx, now)
+}
+
+func (s *stream) runControl(ctx context.Context) error {
+	s.controlLock.Lock()
+	var due []work
+	s.control = slices.DeleteFunc(s.control, func(w work) bool {
+		if w.after <= s.received {
+			due = append(due, w)
+			return true
+		}
+		return false
+	})
+	s.controlLock.Unlock()
+	if len(due) == 0 {
+		return nil
+	}
+	for _, w := range due {
+		w.do()
+	}
+	if s.failed != nil {
+		return s.failed
+	}
+	return s.handOver(ctx)
+}
+
+// persistIdle stores how far an idle source was read, now and then: only what is stored may be acknowledged.
+func (s *stream) persistIdle(ctx context.Context, now time.Time) error {
+	if s.received <= s.handed || s.logged() < s.handed || now.Sub(s.idleAsked) < idlePersist {
+		return nil
+	}
+	s.idleAsked = now
+	return s.handOver(ctx)
+}
+
+// handOver gives the received position to the appender, with whatever the sequencer holds.
+func (s *stream) handOver() error {
+	p := s.seq.piece
+	s.seq.piece = changelog.Piece{}
+	p.LSN, p.Final, p.Version = max(s.received, s.handed), true, s.seq.clock.Last()
+	return s.put(ctx, p)
+}
+
+// put queues a piece, keeping the server informed while the queue is full.
+func (s *stream) put(ctx context.Context, p changelog.Piece) error {
+	p.Size += 64
+	if p.Final {
+		s.handed = max(s.handed, p.LSN)
+	}
+	for !s.queue.TryPut(p) {
+		if err := s.queue.WaitRoom(ctx, statusInterval/2); err != nil {
+			return err
+		}
+		s.heard = time.Now() // it is us who aren't listening
+		if !s.heard.Before(s.nextStatus) {
+			if err := s.sendStatus(); err != nil {
+				return err
+			}
+			s.nextStatus = s.heard.Add(statusInterval)
+		}
+	}
+	return nil
+}
+
+// handle reads one message of the copy stream.
+func (s *stream) handle(ctx context.Context, data []byte) error {
+	s.heard = time.Now()
+	s.stats.WireNanos.Store(s.heard.UnixNano())
+	switch {
+	case len(data) == 18 && data[0] == pglogrepl.PrimaryKeepaliveMessageByteID:
+		return s.keepalive(ctx, changelog.LSN(binary.BigEndian.Uint64(data[1:])), data[17] == 1)
+	case len(data) > 25 && data[0] == pglogrepl.XLogDataByteID:
+		at := changelog.LSN(binary.BigEndian.Uint64(data[1:]))
+		if err := s.message(ctx, data[25:]); err != nil {
+			return s.located(at, err)
+		}
+		return nil
+	}
+	return fmt.Errorf("unknown message %q of %d bytes in the replication stream", data[:min(1, len(data))], len(data))
+}
+
+// located adds the place to an error of decoding; errors of putting stay as they are.
+func (s *stream) located(at changelog.LSN, err error) error {
+	var lost *DecodeError
+	if errors.As(err, &lost) || errors.Is(err, context.Canceled) {
+		return err
+	}
+	name := ""
+	if t := s.seq.targets[s.msg.relation]; t != nil && t.relation != nil {
+		name = t.relation.schema + "." + t.relation.name
+	}
+	return &DecodeError{LSN: at, Relation: name, Err: err}
+}
+
+func (s *stream) keepalive(ctx context.Context, end changelog.LSN, reply bool) error {
+	if !s.seq.inTx { // within a transaction its end says nothing about what was handled
+		s.setReceived(end)
+		if err := s.runControl(ctx); err != nil {
+			return err
+		}
+	}
+	if !reply {
+		return nil
+	}
+	// A server that shuts down asks again and again until all of its WAL is acknowledged.
+	if !s.seq.inTx && s.received > s.handed && s.logged() >= s.handed && s.heard.Sub(s.insisted) < senderTimeout/4 {
+		s.idleAsked = s.heard
+		if err := s.handOver(ctx); err != nil {
+			return err
+		}
+	}
+	s.insisted = s.heard
+	return s.sendStatus()
+}
+
+func (s *stream) setReceived(l changelog.LSN) {
+	s.received = max(s.received, l)
+	s.stats.Received.Store(uint64(s.received))
+}
+
+// message decodes and handles one pgoutput message.
+func (s *stream) message(ctx context.Context, b []byte) error {
+	m := &s.msg
+	if err := m.decode(b); err != nil {
+		return err
+	}
+	switch m.kind {
+	case msgBegin:
+		s.seq.begin(m)
+	case msgCommit:
+		return s.commit(ctx, m)
+	case msgRelation:
+		return s.relation(ctx, m.rel)
+	case msgMessage:
+		if s.seq.inTx && !s.seq.skipping && string(m.prefix) == FencePrefix {
+			s.seq.fence = true
+		}
+	case msgTruncate:
+		for _, oid := range m.relations {
+			if t := s.seq.targets[oid]; t != nil && t.stopped == "" && !s.seq.skipping {
+				s.seq.raise(changelog.Raise{Collection: t.id, Reason: "truncated"})
+			}
+		}
+	case msgInsert, msgUpdate, msgDelete:
+		return s.change(m)
+	}
+	return nil
+}
+
+func (s *stream) change(m *message) error {
+	t, ok := s.seq.targets[m.relation]
+	if !ok {
+		return fmt.Errorf("row of relation %d, which was never described", m.relation)
+	}
+	if t == nil || t.stopped != "" || s.seq.skipping {
+		return nil
+	}
+	return s.seq.change(t, m)
+}
+
+func (s *stream) commit(ctx context.Context, m *message) error {
+	_, err := s.seq.commit(m)
+	s.setReceived(m.end)
+	if err != nil {
+		return err
+	}
+	return s.runControl(ctx)
+}
+
+// relation binds the collection to a new layout.
+func (s *stream) relation(ctx context.Context, r *relation) error {
+	t, err := s.resolve(ctx, r)
+	if err != nil {
+		return err
+	}
+	old, known := s.seq.targets[r.oid]
+	s.seq.targets[r.oid] = t
+	if t == nil {
+		return nil
+	}
+	switch {
+	case t.stopped != "" && (!known || old == nil || old.stopped != t.stopped):
+		s.log.Error("collection stopped", "collection", t.collection.Name, "table", r.schema+"."+r.name, "reason", t.stopped)
+		s.seq.raise(changelog.Raise{Collection: t.id, SetStopped: true, Stopped: t.stopped})
+	case t.stopped == "" && known && old != nil && old.stopped != "":
+		s.log.Info("collection goes on; its clients resynchronise", "collection", t.collection.Name)
+		s.seq.raise(changelog.Raise{Collection: t.id, Reason: "was stopped: " + old.stopped, SetStopped: true})
+	}
+	return nil
+}
+
+// sendStatus tells the server how far everything is logged. All three positions are set: a zero flush would be taken
+// for the write position.
+func (s *stream) sendStatus() error {
+	ack := pglogrepl.LSN(s.logged())
+	err := pglogrepl.SendStandbyStatusUpdate(context.Background(), s.conn, pglogrepl.StandbyStatusUpdate{
+		WALWritePosition: max(ack, pglogrepl.LSN(s.received)), WALFlushPosition: ack, WALApplyPosition: ack,
+	})
+	if err != nil {
+		return fmt.Errorf("send status to the server: %w", err)
+	}
+	s.stats.Acknowledged.Store(uint64(ack)) // the one place that moves "acknowledged"
+	return nil
+}
+
+// FencePrefix marks the logical messages that the gateway waits for.
+const FencePrefix = "walgate"

@@ -1,0 +1,246 @@
+package replication
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"sort"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/walgate/walgate/policies"
+	"github.com/walgate/walgate/schema"
+)
+
+// Definitions is one state of catalog and compiled policies. Immutable.
+type Definitions struct {
+	Catalog *schema.Catalog
+	Set     *policies.Set
+	Stopped map[string]string // collections that the present catalog doesn't allow, and why
+	shapes  string
+}
+
+// Watcher follows the source's catalog and keeps the policies compiled against it. Safe for concurrent use.
+type Watcher struct {
+	pool         *pgxpool.Pool
+	types        schema.Types
+	publications schema.Publications
+	specs        map[string]policies.Spec
+	autoInit     bool
+	every        time.Duration
+	log          *slog.Logger
+
+	loading  sync.Mutex
+	current  atomic.Pointer[Definitions]
+	mu       sync.Mutex
+	onChange map[int]func()
+	nextID   int
+}
+
+// NewWatcher returns a watcher that polls every so often once it runs. With autoInit it lets new partitions join.
+func NewWatcher(pool *pgxpool.Pool, p schema.Publications, specs map[string]policies.Spec, autoInit bool, every time.Duration, log *slog.Logger) *Watcher {
+	return &Watcher{pool: pool, publications: p, specs: specs, autoInit: autoInit, every: every, log: log, onChange: map[int]func(){}}
+}
+
+// Start loads the catalog and compiles the policies for the first time. Faults are the configuration's: start-up ends.
+func (w *Watcher) Start(ctx context.Context) ([]policies.Fault, error) {
+	cat, err := w.loadCatalog(ctx)
+	if err != nil {
+		return nil, err
+	}
+	set, faults := compile(w.specs, cat)
+	if len(faults) > 0 {
+		return faults, nil
+	}
+	w.current.Store(&Definitions{Catalog: cat, Set: set, shapes: shapes(cat)})
+	return nil, nil
+}
+
+// Current returns the newest definitions; nil before Start.
+func (w *Watcher) Current() *Definitions { return w.current.Load() }
+
+// Types returns the registry that the catalog's types are in.
+func (w *Watcher) Types() *schema.Types { return &w.types }
+
+// Run polls until ctx ends.
+func (w *Watcher) Run(ctx context.Context) error {
+	tick := time.NewTicker(w.every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		if err := w.Reload(ctx); err != nil && ctx.Err() == nil {
+			w.log.Warn("the source's catalog can't be read; trying again", "error", err)
+		}
+	}
+}
+
+// Reload reads the catalog now and, where it changed, compiles anew and calls everybody who asked.
+func (w *Watcher) Reload(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	w.loading.Lock()
+	defer w.loading.Unlock()
+	cat, err := w.loadCatalog(ctx)
+	if err != nil {
+		return err
+	}
+	old := w.current.Load()
+	if old != nil && old.shapes == shapes(cat) {
+		return nil
+	}
+	if w.autoInit {
+		if cat, err = w.join(ctx, cat); err != nil {
+			w.log.Warn("a changed table could not join the publication; trying again", "error", err)
+		}
+	}
+	d := &Definitions{Catalog: cat, shapes: shapes(cat)}
+	d.Set, d.Stopped = w.compileWhatCan(cat)
+	w.current.Store(d)
+	for name, why := range d.Stopped {
+		if old == nil || old.Stopped[name] != why {
+			w.log.Error("collection stopped: its table no longer fits its policy", "collection", name, "reason", why)
+		}
+	}
+	w.mu.Lock()
+	calls := make([]func(), 0, len(w.onChange))
+	for _, f := range w.onChange {
+		calls = append(calls, f)
+	}
+	w.mu.Unlock()
+	for _, f := range calls {
+		f()
+	}
+	return nil
+}
+
+// OnChange calls f after each change until the returned function is called.
+func (w *Watcher) OnChange(f func()) (remove func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	id := w.nextID
+	w.nextID++
+	w.onChange[id] = f
+	return func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		delete(w.onChange, id)
+	}
+}
+
+func (w *Watcher) loadCatalog(ctx context.Context) (*schema.Catalog, error) {
+	return schema.LoadCatalog(ctx, w.pool, &w.types, w.publications.Rows, TableNames(w.specs))
+}
+
+// join lets tables and leaves that the catalog now has join the publication.
+func (w *Watcher) join(ctx context.Context, cat *schema.Catalog) (*schema.Catalog, error) {
+	set, _ := w.compileWhatCan(cat)
+	conn, err := w.pool.Acquire(ctx)
+	if err != nil {
+		return cat, err
+	}
+	defer conn.Release()
+	done, err := Join(ctx, conn.Conn(), w.publications, set, cat)
+	if err != nil || len(done) == 0 {
+		return cat, err
+	}
+	w.log.Info("tables joined the publication", "steps", strings.Join(done, "; "))
+	return w.loadCatalog(ctx)
+}
+
+// Join brings publication and replica identities to what the set needs and returns what it did.
+func Join(ctx context.Context, conn *pgx.Conn, p schema.Publications, set *policies.Set, cat *schema.Catalog) ([]string, error) {
+	steps, err := PlanFor(ctx, conn, p, set, cat)
+	var done []string
+	for _, s := range steps {
+		if err := schema.Execute(ctx, conn, s); err != nil {
+			return done, err
+		}
+		done = append(done, s.What)
+	}
+	return done, err
+}
+
+// PlanFor returns the steps that Join would take.
+func PlanFor(ctx context.Context, conn *pgx.Conn, p schema.Publications, set *policies.Set, cat *schema.Catalog) ([]schema.Step, error) {
+	published, exists, err := schema.PublishedTables(ctx, conn, p)
+	if err != nil {
+		return nil, err
+	}
+	var wanted []schema.Synced
+	for _, c := range set.Collections {
+		wanted = append(wanted, schema.Synced{Table: c.Table, KeyIdentity: c.Spec.ReplicaIdentity == "default"})
+	}
+	return schema.Plan(p, cat.ServerVersion, exists, wanted, published), nil
+}
+
+func compile(specs map[string]policies.Spec, cat *schema.Catalog) (*policies.Set, []policies.Fault) {
+	return policies.Compile(specs, cat.Table, cat.Names)
+}
+
+// compileWhatCan leaves out the collections that don't compile and says why.
+func (w *Watcher) compileWhatCan(cat *schema.Catalog) (*policies.Set, map[string]string) {
+	stopped := map[string]string{}
+	specs := maps.Clone(w.specs)
+	for {
+		set, faults := compile(specs, cat)
+		if len(faults) == 0 {
+			return set, stopped
+		}
+		for _, f := range faults {
+			name := strings.Split(strings.TrimPrefix(f.Path, "collections."), ".")[0]
+			if _, ok := specs[name]; !ok && len(specs) > 0 && stopped[name] == "" {
+				name = firstName(specs) // a fault that names no collection: none can be trusted
+			}
+			stopped[name] = fmt.Sprintf("%s: %s, want %s", f.Path, f.Got, f.Want)
+			delete(specs, name)
+		}
+	}
+}
+
+func firstName(specs map[string]policies.Spec) string {
+	names := make([]string, 0, len(specs))
+	for n := range specs {
+		names = append(names, n)
+	}
+	sort.Strings(names)
+	return names[0]
+}
+
+// TableNames returns schema.name of every table that the specs name.
+func TableNames(specs map[string]policies.Spec) []string {
+	var out []string
+	for _, s := range specs {
+		n := s.Table
+		if !strings.Contains(n, ".") {
+			n = "public." + n
+		}
+		out = append(out, n)
+	}
+	sort.Strings(out)
+	return out
+}
+
+// shapes is everything of the catalog that a change of should be noticed.
+func shapes(cat *schema.Catalog) string {
+	var b strings.Builder
+	for _, t := range cat.Tables {
+		fmt.Fprintf(&b, "%s %c %c %v\n%s", t, t.Kind, t.Identity, t.Published, t.Shape())
+		for _, c := range t.Columns {
+			fmt.Fprintf(&b, "%v %v\n", c.NotNull, c.HasDefault)
+		}
+		for _, l := range t.Leaves {
+			fmt.Fprintf(&b, "%s %c\n", l.Name, l.Identity)
+		}
+	}
+	return b.String()
+}
