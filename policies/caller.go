@@ -169,7 +169,7 @@ func (c *Caller) ScopeSQL(of *Collection, firstParam int) (predicate string, arg
 		var terms []string
 		for j, values := range columns {
 			col := of.scopes[i].columns[j]
-			terms = append(terms, quoteIdent(col.name)+" = ANY($"+strconv.Itoa(firstParam+len(args))+"::"+castName(col.typ)+"[])")
+			terms = append(terms, quoteIdent(col.name)+col.cast+" = ANY($"+strconv.Itoa(firstParam+len(args))+"::"+castName(col.typ)+"[])")
 			args = append(args, arrayLiteral(values))
 		}
 		alternatives = append(alternatives, "("+strings.Join(terms, " AND ")+")")

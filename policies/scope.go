@@ -23,7 +23,6 @@ const (
 	oidInt2        = 21
 	oidInt4        = 23
 	oidText        = 25
-	oidOID         = 26
 	oidFloat4      = 700
 	oidFloat8      = 701
 	oidVarchar     = 1043
@@ -47,6 +46,7 @@ type scopeColumn struct {
 	table int // position in Table.Columns
 	claim claimPath
 	typ   *schema.Type // underlying
+	cast  string       // of the column in SQL: a domain over an enum has no = of its own
 }
 
 var claimPattern = regexp.MustCompile(`^claims(\.[A-Za-z_][A-Za-z0-9_-]*)+$`)
@@ -117,7 +117,11 @@ func (k *compiler) scopeColumn(path, name, claim string) (scopeColumn, bool) {
 	if !ok {
 		return scopeColumn{}, false
 	}
-	return scopeColumn{name: name, table: i, claim: strings.Split(claim, ".")[1:], typ: typ}, true
+	out := scopeColumn{name: name, table: i, claim: strings.Split(claim, ".")[1:], typ: typ}
+	if typ.Labels != nil && typ != col.Type {
+		out.cast = "::" + typ.Name
+	}
+	return out, true
 }
 
 func didYouMeanClaim(claim string) string {

@@ -44,7 +44,7 @@ func kindOf(t *schema.Type) (kind, elem valueKind) {
 	switch t.OID {
 	case oidBool:
 		return asBool, asString
-	case oidInt2, oidInt4, oidInt8, oidOID:
+	case oidInt2, oidInt4, oidInt8:
 		return asInt, asString
 	case oidFloat4, oidFloat8:
 		return asDouble, asString
