@@ -1,0 +1,140 @@
+package gateway
+
+import (
+	"fmt"
+	"net/http"
+)
+
+// Code names one kind of error to clients. Codes are stable: clients branch on them.
+type Code string
+
+// The codes. docs/errors.md says what each means and what a client does about it.
+const (
+	InvalidToken          Code = "invalid_token"
+	TokenExpired          Code = "token_expired"
+	KeysUnavailable       Code = "keys_unavailable"
+	Forbidden             Code = "forbidden"
+	UnknownCollection     Code = "unknown_collection"
+	InvalidRequest        Code = "invalid_request"
+	InvalidSince          Code = "invalid_since"
+	InvalidLimit          Code = "invalid_limit"
+	InvalidCursor         Code = "invalid_cursor"
+	CursorExpired         Code = "cursor_expired"
+	NotFound              Code = "not_found"
+	MethodNotAllowed      Code = "method_not_allowed"
+	RequestTimeout        Code = "request_timeout"
+	AnswerTimeout         Code = "answer_timeout"
+	RequestTooLarge       Code = "request_too_large"
+	UpgradeRequired       Code = "upgrade_required"
+	ClientOutdated        Code = "client_outdated"
+	TooManyScopes         Code = "too_many_scopes"
+	RateLimited           Code = "rate_limited"
+	TooManyConnections    Code = "too_many_connections"
+	FrameTooLarge         Code = "frame_too_large"
+	BinaryFrame           Code = "binary_frame"
+	InvalidFrame          Code = "invalid_frame"
+	SecondSubscribe       Code = "second_subscribe"
+	SubscribeTimeout      Code = "subscribe_timeout"
+	FullResyncRequired    Code = "full_resync_required"
+	SlowReader            Code = "slow_reader"
+	CollectionUnavailable Code = "collection_unavailable"
+	LogUnavailable        Code = "log_unavailable"
+	LogBehind             Code = "log_behind"
+	SourceUnavailable     Code = "source_unavailable"
+	NotReady              Code = "not_ready"
+	ShuttingDown          Code = "shutting_down"
+	Internal              Code = "internal"
+)
+
+// WireError is one row of the table of everything that clients can be told.
+type WireError struct {
+	Code      Code
+	Status    int  // HTTP status; 0: never an HTTP answer
+	Close     int  // WebSocket close code; 0: never closes a stream
+	Retryable bool // whether the same request may succeed later
+	Title     string
+	Remedy    string // what the client does
+}
+
+// wireErrors is the one table of error codes, HTTP statuses, close codes and retry rules.
+var wireErrors = []WireError{
+	{InvalidToken, 401, 4401, false, "The token is missing or not valid", "Sign in again."},
+	{TokenExpired, 401, 4402, false, "The token has expired", "Renew the token, then repeat the request or connect again."},
+	{KeysUnavailable, 503, 4505, true, "The keys that tokens are verified with can't be fetched", "Wait for `Retry-After`, then repeat with the same token."},
+	{Forbidden, 403, 4403, false, "The caller may not do this", "Do not repeat; ask for the role that the collection needs."},
+	{UnknownCollection, 404, 4404, false, "There is no such collection for this caller", "Correct the names in `collections`."},
+	{InvalidRequest, 400, 4400, false, "The request is malformed", "Correct what `errors` lists."},
+	{InvalidSince, 400, 4406, false, "The position in since can't be read", "Send `last_seq` exactly as received, or resynchronise in full."},
+	{InvalidLimit, 400, 0, false, "The limit is out of range", "Send a limit within the range that `detail` names."},
+	{InvalidCursor, 400, 0, false, "The cursor can't be read", "Send `X-Sync-Cursor` exactly as received, or start the full resync anew."},
+	{CursorExpired, 410, 0, false, "The full resync can't be continued", "Start the full resync anew, without a cursor."},
+	{NotFound, 404, 0, false, "There is nothing at this address", "Correct the address."},
+	{MethodNotAllowed, 405, 0, false, "The address does not take this method", "Use a method that `Allow` lists."},
+	{RequestTimeout, 408, 0, true, "The request did not arrive in time", "Repeat the request."},
+	{RequestTooLarge, 413, 0, false, "The request or its headers are too large", "Send less at once."},
+	{UpgradeRequired, 426, 0, false, "The address speaks WebSocket only", "Connect with a WebSocket client."},
+	{ClientOutdated, 426, 4426, false, "The client is too old for this server", "Update the client."},
+	{TooManyScopes, 403, 4413, false, "The token selects more scopes than one caller may have", "Ask for a token with fewer values in its claims."},
+	{RateLimited, 429, 4429, true, "Too many requests", "Wait for `Retry-After`, then repeat."},
+	{TooManyConnections, 429, 4430, true, "Too many open connections", "Close unused connections; wait for `Retry-After`, then connect again."},
+	{FrameTooLarge, 0, 1009, false, "The frame is larger than the server reads", "Send smaller frames."},
+	{BinaryFrame, 0, 1003, false, "The stream takes text frames only", "Send JSON in text frames."},
+	{InvalidFrame, 0, 4407, false, "The frame is not a message that the stream knows", "Correct the frame; `detail` says what is wrong."},
+	{SecondSubscribe, 0, 4409, false, "The stream is subscribed already", "Open another connection for another subscription."},
+	{SubscribeTimeout, 0, 4408, true, "No subscribe frame came in time", "Connect again and subscribe at once."},
+	{FullResyncRequired, 0, 4410, false, "The stream can't continue from this position", "Read `GET /sync/full` for the collections named, then subscribe from its position."},
+	{SlowReader, 0, 4411, true, "The client did not read in time", "Connect again from the last position applied."},
+	{CollectionUnavailable, 503, 4503, true, "The collection can't be served now", "Wait for `Retry-After`, then repeat."},
+	{LogUnavailable, 503, 4504, true, "The change log can't be read now", "Wait for `Retry-After`, then repeat."},
+	{LogBehind, 503, 4506, true, "The change log has not caught up with the source in time", "Wait for `Retry-After`, then repeat."},
+	{SourceUnavailable, 503, 4507, true, "The source database can't be read now", "Wait for `Retry-After`, then repeat."},
+	{AnswerTimeout, 503, 0, true, "The answer took longer than a request may", "Wait for `Retry-After`, then repeat; ask for less at once if it stays."},
+	{NotReady, 503, 4508, true, "The server is starting", "Wait for `Retry-After`, then repeat."},
+	{ShuttingDown, 503, 1001, true, "The server is stopping", "Connect again after the time that the server names."},
+	{Internal, 500, 1011, true, "Something went wrong in the server", "Repeat a little later; report `request_id` if it stays."},
+}
+
+var wireErrorByCode = func() map[Code]*WireError {
+	byCode := make(map[Code]*WireError, len(wireErrors))
+	for i := range wireErrors {
+		if byCode[wireErrors[i].Code] != nil {
+			panic(fmt.Sprintf("gateway: the error %s is in the table twice", wireErrors[i].Code))
+		}
+		byCode[wireErrors[i].Code] = &wireErrors[i]
+	}
+	return byCode
+}()
+
+// Wire returns the code's row of the table; an unknown code is Internal, which tells clients nothing.
+func (c Code) Wire() *WireError {
+	if w := wireErrorByCode[c]; w != nil {
+		return w
+	}
+	return wireErrorByCode[Internal]
+}
+
+// codeByStatus maps the errors of the HTTP framework, which know a status only.
+func codeByStatus(status int) Code {
+	switch status {
+	case http.StatusNotFound:
+		return NotFound
+	case http.StatusMethodNotAllowed:
+		return MethodNotAllowed
+	case http.StatusRequestTimeout:
+		return RequestTimeout
+	case http.StatusRequestEntityTooLarge, http.StatusRequestHeaderFieldsTooLarge, http.StatusRequestURITooLong:
+		return RequestTooLarge
+	case http.StatusUpgradeRequired:
+		return UpgradeRequired
+	case http.StatusUnauthorized:
+		return InvalidToken
+	case http.StatusForbidden:
+		return Forbidden
+	case http.StatusServiceUnavailable:
+		return NotReady
+	}
+	if status >= 400 && status < 500 {
+		return InvalidRequest
+	}
+	return Internal
+}
