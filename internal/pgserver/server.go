@@ -143,7 +143,7 @@ func (s *Server) startOnPort(ctx context.Context) error {
 	}
 	var err error
 	for range portTries {
-		if s.port, err = freePort(); err != nil {
+		if s.port, err = FreePort(); err != nil {
 			return err
 		}
 		if err = s.launch(ctx); err == nil || !s.portTaken() {
@@ -162,9 +162,9 @@ func (s *Server) portTaken() bool {
 	return listener.Close() != nil
 }
 
-// freePort finds a port below those that the system gives to outgoing connections: none of these can take it while
-// the server is down.
-func freePort() (int, error) {
+// FreePort returns a TCP port on 127.0.0.1 that nothing listens on, below those that the system gives to outgoing
+// connections: none of these can take it before it is used, or while its server is down.
+func FreePort() (int, error) {
 	for range 100 {
 		port := 20000 + rand.IntN(12000)
 		listener, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
