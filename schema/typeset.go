@@ -31,7 +31,6 @@ var SessionSettings = []Setting{
 	{"extra_float_digits", "1"}, // 1 to 3 print the same: the shortest digits that give the same number back
 	{"bytea_output", "hex"},
 	{"lc_monetary", "C"},
-	{"xmlbinary", "base64"},
 	{"quote_all_identifiers", "off"},
 	{"search_path", "pg_catalog"},
 	{"client_encoding", "UTF8"},
