@@ -22,7 +22,7 @@ import (
 var annotatedConfig string
 
 // maxConfigSize bounds the configuration file; a larger one is a mistaken path rather than a configuration.
-const maxConfigSize = 1 << 20
+const maxConfigSize = 1 << 18
 
 // Config is the whole configuration. config.yaml says what each key means; configKeys ties keys to these fields.
 type Config struct {
