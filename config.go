@@ -215,6 +215,9 @@ func parseConfig(path string, data []byte, env func(string) (string, bool)) (*Co
 	c.positions = make(map[string]string, len(d.positions))
 	for key, at := range d.positions {
 		c.positions[key] = fmt.Sprintf("%s:%d", path, at.line)
+		if at.variable != "" {
+			c.positions[key] = "environment variable " + at.variable
+		}
 	}
 	return c, nil
 }

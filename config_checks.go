@@ -175,8 +175,11 @@ func (d *decoder) scope(path string, n ast.Node) []map[string]string {
 	}
 	var alternatives []map[string]string
 	for i, item := range seq.Values {
-		at := fmt.Sprintf("%s.%d", path, i)
-		d.positions[at] = nodeMark(item)
+		at := path
+		if len(seq.Values) > 1 { // a list of one reads like the map alone, as policies names its faults
+			at = fmt.Sprintf("%s.%d", path, i)
+			d.positions[at] = nodeMark(item)
+		}
 		if alternative := d.alternative(at, item); alternative != nil {
 			alternatives = append(alternatives, alternative)
 		}

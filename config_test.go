@@ -248,6 +248,11 @@ func TestPosition(t *testing.T) {
 			t.Errorf("%s: got %s, want %s", key, got, want)
 		}
 	}
+	one := "auth: {jwt: {secret: \"${JWT_SECRET}\"}}\ncollections:\n  a:\n    table: a\n    scope:\n      - x: claims.sub\n"
+	if c, err := parseConfig("one.yaml", []byte(one), testEnv.with("WALGATE_LOG_LEVEL", "warn").get); err != nil ||
+		c.Position("collections.a.scope.x") != "one.yaml:6" || c.Position("log.level") != "environment variable WALGATE_LOG_LEVEL" {
+		t.Errorf("got %v, %v", c, err)
+	}
 	if got := c.Position("nowhere.at.all"); got != file {
 		t.Errorf("unknown key: got %s", got)
 	}
