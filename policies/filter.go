@@ -70,7 +70,8 @@ func (k *compiler) compileWhere() {
 		return
 	}
 	if checked.OutputType().Kind() != types.BoolKind {
-		k.fault("where", where+", which gives "+checked.OutputType().String(), want, "compare it with something: … == true")
+		gives := strings.TrimSuffix(strings.TrimPrefix(checked.OutputType().String(), "wrapper("), ")")
+		k.fault("where", where+", which gives "+gives, want, "compare it with something: … == true")
 		return
 	}
 	f.program, err = newProgram(env, checked)

@@ -125,8 +125,13 @@ func (k *compiler) scopeColumn(path, name, claim string) (scopeColumn, bool) {
 }
 
 func didYouMeanClaim(claim string) string {
-	rest := strings.TrimLeft(strings.TrimPrefix(claim, "claim"), "s.")
-	if guess := "claims." + rest; rest != "" && claimPattern.MatchString(guess) {
+	head, rest, dotted := strings.Cut(claim, ".")
+	if !dotted {
+		rest = claim
+	} else if Nearest(head, []string{"claims"}) == "" {
+		return ""
+	}
+	if guess := "claims." + rest; claimPattern.MatchString(guess) {
 		return "did you mean " + guess + "?"
 	}
 	return ""
