@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"maps"
 	"os"
 	"path/filepath"
@@ -59,7 +60,8 @@ func initCluster(ctx context.Context, install Install, root, data string, o Opti
 
 // templateCluster returns a data directory fresh from initdb, made once for this version and user.
 func templateCluster(ctx context.Context, install Install) (string, error) {
-	name := fmt.Sprintf("walgate-pg-template-%s-uid%d", install.Version, os.Getuid())
+	build := crc32.ChecksumIEEE([]byte(install.Bin)) // Builds of one version differ in what they can read.
+	name := fmt.Sprintf("walgate-pg-template-%s-%08x-uid%d", install.Version, build, os.Getuid())
 	template := filepath.Join(os.TempDir(), name)
 	if ownedCache(template, runAs()) {
 		return filepath.Join(template, "data"), nil

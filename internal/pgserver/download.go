@@ -33,32 +33,53 @@ func FindOrDownload(ctx context.Context, say func(string)) ([]Install, error) {
 	return []Install{install}, nil
 }
 
-// download fetches and unpacks the binaries into cache, or uses those that an earlier call has left there.
+// download fetches and unpacks the binaries into cache, or uses those that an earlier call has left there. They get
+// their final name only once they are whole and run.
 func download(ctx context.Context, cache, source string) (Install, error) {
-	native := filepath.Join(cache, "postgresql-"+string(embeddedpostgres.V18))
-	port, err := FreePort()
-	if err != nil {
+	final := filepath.Join(cache, "postgresql-"+string(embeddedpostgres.V18))
+	if bin, err := binDir(final); err == nil {
+		return inspect(ctx, bin)
+	}
+	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return Install{}, err
 	}
-	scratch, err := os.MkdirTemp("", "walgate-pg-download-")
+	scratch, err := os.MkdirTemp(cache, "download-")
 	if err != nil {
 		return Install{}, err
 	}
 	defer os.RemoveAll(scratch)
-	library := embeddedpostgres.NewDatabase(embeddedpostgres.DefaultConfig().
-		Version(embeddedpostgres.V18).BinaryRepositoryURL(source).CachePath(scratch).
-		BinariesPath(native).RuntimePath(filepath.Join(scratch, "run")).Port(uint32(port)).Logger(io.Discard))
-	// The library fetches only on the way to starting a server. That server isn't wanted, and as root it can't start:
-	// what counts is whether its binaries are there afterwards and run.
-	startErr := library.Start()
-	if startErr == nil {
-		if err := library.Stop(); err != nil {
-			return Install{}, err
-		}
+	unpacked := filepath.Join(scratch, "native")
+	if err := fetch(unpacked, scratch, source); err != nil {
+		return Install{}, err
 	}
-	bin, err := binDir(native)
+	if err := os.Rename(unpacked, final); err != nil && !errors.Is(err, os.ErrExist) {
+		return Install{}, err
+	}
+	bin, err := binDir(final)
 	if err != nil {
-		return Install{}, errors.Join(startErr, err)
+		return Install{}, err
 	}
 	return inspect(ctx, bin)
+}
+
+// fetch downloads and unpacks the binaries. The library does so only on the way to starting a server. That server
+// isn't wanted, and as root it can't start: what counts is whether its binaries are there afterwards.
+func fetch(native, scratch, source string) error {
+	port, err := FreePort()
+	if err != nil {
+		return err
+	}
+	run := filepath.Join(scratch, "run")
+	library := embeddedpostgres.NewDatabase(embeddedpostgres.DefaultConfig().
+		Version(embeddedpostgres.V18).BinaryRepositoryURL(source).CachePath(filepath.Join(scratch, "archive")).
+		BinariesPath(native).RuntimePath(run).Port(uint32(port)).Logger(io.Discard))
+	startErr := library.Start()
+	if startErr == nil {
+		return library.Stop()
+	}
+	// Its run directory is made when all is unpacked, and initdb and the start come after.
+	if _, err := os.Stat(run); err != nil {
+		return startErr
+	}
+	return nil
 }

@@ -30,3 +30,8 @@ func ownerOf(info fs.FileInfo) int {
 	}
 	return -1
 }
+
+// lockFile locks an open file for this process alone, or fails at once where another has it.
+func lockFile(file *os.File) error {
+	return syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+}

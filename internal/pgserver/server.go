@@ -52,6 +52,7 @@ type Server struct {
 	options Options
 	root    string
 	port    int
+	lock    *os.File // Held on a temporary root; nil for one that is kept.
 
 	mu      sync.Mutex // Guards process, and is held while the server starts and stops.
 	process *process
@@ -128,7 +129,11 @@ func (s *Server) prepare(ctx context.Context) error {
 
 func (s *Server) makeRoot() (err error) {
 	if s.options.Dir == "" {
-		s.root, err = os.MkdirTemp("", "walgate-pg-")
+		sweep(os.TempDir(), time.Now())
+		if s.root, err = os.MkdirTemp("", temporaryPrefix); err != nil {
+			return err
+		}
+		s.lock, err = lockRoot(s.root)
 		return err
 	}
 	s.root, err = filepath.Abs(s.options.Dir)
@@ -276,14 +281,22 @@ func (s *Server) Restart(ctx context.Context) error {
 
 // Close stops the server and removes its directory if that was a temporary one.
 func (s *Server) Close(ctx context.Context) error {
-	return errors.Join(s.Stop(ctx), s.removeTemporary())
+	err := s.Stop(ctx)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return errors.Join(err, s.removeTemporary())
 }
 
 func (s *Server) removeTemporary() error {
 	if s.options.Dir != "" || s.root == "" {
 		return nil
 	}
-	return os.RemoveAll(s.root)
+	err := os.RemoveAll(s.root)
+	if s.lock != nil {
+		err = errors.Join(err, s.lock.Close())
+		s.lock = nil
+	}
+	return err
 }
 
 // DSN returns a connection string for the superuser to a database.
