@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"github.com/fasthttp/websocket"
-	"github.com/goccy/go-yaml"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/walgate/walgate/internal/pgserver"
@@ -125,23 +124,25 @@ func TestDemoActionsAreDrawnByWeight(t *testing.T) {
 	}
 }
 
-func TestDemoConfigIsYAML(t *testing.T) {
+func TestDemoConfigLoads(t *testing.T) {
 	t.Parallel()
-	var config struct {
-		Database struct{ URL string }
-		HTTP     struct {
-			Listen    string
-			PublicURL string `yaml:"public_url"`
-		}
-		Auth struct{ JWT struct{ Secret string } }
-	}
-	const dsn, secret = "postgres://postgres:p%40ss@127.0.0.1:1/todo?sslmode=disable", "0123456789"
-	if err := yaml.Unmarshal([]byte(demoConfig(dsn, 4711, secret)), &config); err != nil {
+	const dsn, secret = "postgres://postgres:p%40ss@127.0.0.1:1/todo?sslmode=disable", "0123456789abcdef0123456789abcdef"
+	path := filepath.Join(t.TempDir(), "config.yaml")
+	if err := os.WriteFile(path, []byte(demoConfig(dsn, 4711, secret)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if config.Database.URL != dsn || config.Auth.JWT.Secret != secret || config.HTTP.Listen != "127.0.0.1:4711" ||
+	config, err := Load(path, func(string) (string, bool) { return "", false })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(config.Database.URL) != dsn || !config.AutoInit || config.HTTP.Listen != "127.0.0.1:4711" ||
 		config.HTTP.PublicURL != "http://127.0.0.1:4711" {
 		t.Errorf("the configuration reads back as %+v", config)
+	}
+	for name := range strings.SplitSeq(demoCollections, ",") {
+		if len(config.Collections[name].Scope) == 0 {
+			t.Errorf("collection %s has no scope: everybody would see everything", name)
+		}
 	}
 }
 
