@@ -256,3 +256,41 @@ func TestJudgeKey(t *testing.T) {
 		t.Errorf("%d distinct keys, want 5", n)
 	}
 }
+
+// TestTooManyScopesAreNotMade isn't parallel: it counts allocations.
+func TestTooManyScopesAreNotMade(t *testing.T) {
+	c := compileOne(t, everything(), Spec{Scope: []map[string]string{{"team_id": "claims.v", "n4": "claims.v"}}})
+	set := setOf(c)
+	values := make([]any, 400)
+	for i := range values {
+		values[i] = fmt.Sprint(i)
+	}
+	allocs := testing.AllocsPerRun(1, func() {
+		if _, err := set.NewCaller("s", nil, map[string]any{"v": values}); !errors.Is(err, ErrTooManyScopes) {
+			t.Errorf("got %v", err)
+		}
+	})
+	if allocs > 10_000 {
+		t.Errorf("%.0f allocations to refuse 160000 scopes: they were all made", allocs)
+	}
+}
+
+// TestStoredForms fails where what the change log holds is no longer what this code writes and looks for.
+func TestStoredForms(t *testing.T) {
+	t.Parallel()
+	c := compileOne(t, everything(), Spec{Scope: []map[string]string{{"owner_id": "claims.sub"}}, Where: "row.n4 <= claims.level || row.title == ''"})
+	b := bind(t, c)
+	r := row(c.Table, "owner_id=ana", "n4=5")
+	effects, err := b.Route(nil, nil, r)
+	if err != nil || len(effects) != 1 {
+		t.Fatal(effects, err)
+	}
+	key := fmt.Sprintf("%x", effects[0].Scope)
+	if want := "08ce84d0bdf7854f47e3a5e819418a8b"; key != want {
+		t.Errorf("scope key %s, want %s", key, want)
+	}
+	guard := fmt.Sprintf("%x", b.AppendGuard(nil, row(c.Table, "title=", "n4=4"), r))
+	if want := "03000235" + "01" + "0234"; guard != want {
+		t.Errorf("guard %s, want %s", guard, want)
+	}
+}

@@ -74,7 +74,7 @@ func TestCompileNamesEveryFault(t *testing.T) {
 		{"scope without columns", Spec{Scope: []map[string]string{{}}}, ".scope", "at least one column"},
 		{"scope list without alternatives", Spec{Scope: []map[string]string{}}, ".scope", "at least one alternative"},
 		{"where syntax", Spec{Where: "row.id =="}, ".where", "Syntax error"},
-		{"where type", Spec{Where: "row.id == 'x'"}, ".where", "no matching overload"},
+		{"where type", Spec{Where: "row.id == 'x'"}, ".where", "applied to '(int, string)'"},
 		{"where gives int", Spec{Where: "row.id"}, ".where", "which gives int"},
 		{"where gives dyn", Spec{Where: "claims.admin"}, ".where", "== true"},
 		{"where column", Spec{Where: "!row.archivd"}, ".where", "did you mean archived?"},

@@ -3,6 +3,7 @@ package policies
 import (
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -70,8 +71,7 @@ func (k *compiler) compileWhere() {
 		return
 	}
 	if checked.OutputType().Kind() != types.BoolKind {
-		gives := strings.TrimSuffix(strings.TrimPrefix(checked.OutputType().String(), "wrapper("), ")")
-		k.fault("where", where+", which gives "+gives, want, "compare it with something: … == true")
+		k.fault("where", where+", which gives "+plainTypes(checked.OutputType().String()), want, "compare it with something: … == true")
 		return
 	}
 	f.program, err = newProgram(env, checked)
@@ -95,10 +95,15 @@ func newProgram(env *cel.Env, checked *cel.Ast) (cel.Program, error) {
 func oneLine(issues *cel.Issues) string {
 	var out []string
 	for _, e := range issues.Errors() {
-		out = append(out, fmt.Sprintf("column %d: %s", e.Location.Column()+1, strings.ReplaceAll(e.Message, "\n", " ")))
+		out = append(out, fmt.Sprintf("column %d: %s", e.Location.Column()+1, strings.ReplaceAll(plainTypes(e.Message), "\n", " ")))
 	}
 	return strings.Join(out, "; ")
 }
+
+var wrapper = regexp.MustCompile(`wrapper\((\w+)\)`)
+
+// plainTypes takes CEL's mark of nullable types, which every column has, out of a message.
+func plainTypes(message string) string { return wrapper.ReplaceAllString(message, "$1") }
 
 // uses walks a parsed filter for what it reads. row and claims may only be selected from by constant names: a filter
 // that could name any column or claim would depend on all of them.
