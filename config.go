@@ -32,7 +32,6 @@ type Config struct {
 	Storage     StorageConfig
 	Replication ReplicationConfig
 	Catalog     CatalogConfig
-	Changelog   ChangelogConfig
 	HTTP        HTTPConfig
 	Limits      LimitsConfig
 	Auth        AuthConfig
@@ -64,9 +63,6 @@ type ReplicationConfig struct {
 
 // CatalogConfig says how often the source's catalog is compared with what was compiled.
 type CatalogConfig struct{ PollInterval time.Duration }
-
-// ChangelogConfig shapes the stored log.
-type ChangelogConfig struct{ PartitionInterval time.Duration }
 
 // HTTPConfig is the server that clients talk to.
 type HTTPConfig struct {

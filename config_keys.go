@@ -23,7 +23,6 @@ func defaultConfig() *Config {
 		Storage:     StorageConfig{PoolSize: 16},
 		Replication: ReplicationConfig{Slot: "walgate", Publication: "walgate"},
 		Catalog:     CatalogConfig{PollInterval: 5 * time.Second},
-		Changelog:   ChangelogConfig{PartitionInterval: 24 * time.Hour},
 		HTTP:        HTTPConfig{Listen: ":8080", PublicURL: "http://localhost:8080"},
 		Limits: LimitsConfig{
 			MaxSlotLag:                  8 << 30,
@@ -48,7 +47,7 @@ const defaultDatabaseURL = "${DATABASE_URL}"
 
 // configKeys lists every key but collections, in the order of config.yaml.
 func configKeys(c *Config) []key {
-	second, day := int64(time.Second), int64(24*time.Hour)
+	second := int64(time.Second)
 	return []key{
 		{path: "config_revision", into: &c.Revision, min: 0, max: math.MaxInt64},
 		{path: "auto_init", into: &c.AutoInit},
@@ -60,7 +59,6 @@ func configKeys(c *Config) []key {
 		{path: "replication.slot", into: &c.Replication.Slot, check: checkSlot},
 		{path: "replication.publication", into: &c.Replication.Publication, check: checkPublication},
 		{path: "catalog.poll_interval", into: &c.Catalog.PollInterval, min: int64(100 * time.Millisecond), max: 5 * second},
-		{path: "changelog.partition_interval", into: &c.Changelog.PartitionInterval, min: int64(time.Minute), max: 366 * day},
 		{path: "http.listen", into: &c.HTTP.Listen, check: checkListen},
 		{path: "http.public_url", into: &c.HTTP.PublicURL, check: checkPublicURL},
 		{path: "http.allowed_origins", into: &c.HTTP.AllowedOrigins, check: checkOrigin},

@@ -212,7 +212,6 @@ func TestFullConfig(t *testing.T) {
 		{"escape", c.Auth.JWT.Issuer, "https://issuer.example/${realm}"},
 		{"secret", string(c.Auth.JWT.Secret), testEnv["JWT_SECRET"]},
 		{"size", c.Limits.MaxSlotLag, Size(2 << 40)},
-		{"day", c.Changelog.PartitionInterval, 7 * 24 * time.Hour},
 		{"origins", c.HTTP.AllowedOrigins, []string{"https://app.example.com", "http://localhost:5173"}},
 		{"default kept", c.Replication.Publication, "walgate"},
 		{"scope", c.Collections["notes"].Scope, []map[string]string{{"owner_id": "claims.sub"}, {"team_id": "claims.teams", "kind": "claims.kind"}}},

@@ -11,6 +11,12 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
+// Reasons of a new history that matter to what follows.
+const (
+	firstStart = "first start"
+	logLost    = "the change log was lost"
+)
+
 // Claim is what a new leader knows when it takes the log over.
 type Claim struct {
 	Source         Server
@@ -86,9 +92,9 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 		&s.source.System, &s.source.Timeline, &s.storage.System, &s.storage.Timeline, &s.serverTime)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		out.NewHistory = "first start"
+		out.NewHistory = firstStart
 		if c.LogExisted {
-			out.NewHistory = "the change log was lost"
+			out.NewHistory = logLost
 		}
 	case err != nil:
 		return 0, err
@@ -103,9 +109,11 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 	floor := s.floor
 	if out.NewHistory != "" {
 		out.History = newHistory(s.history)
-		out.Version = firstVersion(s.version, c.SourceTime, s.serverTime, out.NewHistory == "the change log was lost")
+		out.Version = firstVersion(s.version, c.SourceTime, s.serverTime, out.NewHistory == logLost)
 		out.LSN = c.SlotLSN
-		floor = out.Version
+		if floor = out.Version; out.NewHistory == firstStart {
+			floor = 0 // nothing was ever issued before
+		}
 	}
 	_, err = tx.Exec(ctx, `INSERT INTO walgate.checkpoint (epoch, writer, history, version, floor, lsn, source_system, source_timeline, storage_system, storage_timeline, config_revision)
 		VALUES ($1, $1, $2, $3, $4, '0/0'::pg_lsn + $5::numeric, $6, $7, $8, $9, $10)
@@ -169,10 +177,10 @@ func claimCollections(ctx context.Context, tx pgx.Tx, c Claim, floor Version, ou
 			reason = "from the beginning"
 		case old == nil:
 			f, reason = raised, "new collection"
-		case out.NewHistory != "" && want.Empty && out.NewHistory == "first start":
+		case out.NewHistory != "" && want.Empty && out.NewHistory == firstStart:
 			reason = "from the beginning"
 		case out.NewHistory != "":
-			f, reason = floor, "new history: "+out.NewHistory
+			f, reason = raised, "new history: "+out.NewHistory
 		case old.Fingerprint != want.Fingerprint:
 			f, reason = raised, "the policy changed"
 		case old.Stopped != "":
@@ -206,7 +214,7 @@ func claimCollections(ctx context.Context, tx pgx.Tx, c Claim, floor Version, ou
 }
 
 // missed says whether a new history may have lost changes of a table that is empty now.
-func missed(newHistory string) bool { return newHistory != "" && newHistory != "first start" }
+func missed(newHistory string) bool { return newHistory != "" && newHistory != firstStart }
 
 func findCollection(cs []Collection, name string) *Collection {
 	for i := range cs {

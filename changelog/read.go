@@ -190,30 +190,28 @@ func be32(b []byte) uint32 {
 	return uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
 }
 
-// FirstInvisible returns the version of the oldest logged transaction that the snapshot (pg_current_snapshot's xmax and
-// list of running transactions) doesn't show, and 0 if it shows all; with head, both in one snapshot of the log. Only this
-// history counts: before it, transaction ids may be another server's.
-func (l *Log) FirstInvisible(ctx context.Context, xmax uint64, running []uint64) (Version, *Head, error) {
+// FirstInvisible returns the version of the oldest logged transaction that a snapshot of the source (its xmax and its
+// running transactions) doesn't show, 0 if it shows all, and whether it shows a newer one than that; with the head, all
+// in one snapshot of the log. Only this history counts: before it, transaction ids may be another server's.
+func (l *Log) FirstInvisible(ctx context.Context, xmax uint64, running []uint64) (first Version, shown bool, h *Head, err error) {
 	ids := make([]int64, len(running))
 	for i, x := range running {
 		ids[i] = int64(x)
 	}
-	var h Head
-	var first *int64
+	h = &Head{}
 	b := &pgx.Batch{}
 	b.Queue(`BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY`)
-	b.Queue(`SELECT min(tx) FROM (SELECT tx FROM walgate.transactions WHERE xid >= $1
-		UNION ALL SELECT tx FROM walgate.transactions WHERE xid = ANY ($2)) t
-		WHERE tx > (SELECT floor FROM walgate.checkpoint)`, int64(xmax), ids).QueryRow(func(r pgx.Row) error { return r.Scan(&first) })
-	queueHead(b, &h)
+	b.Queue(`WITH hidden AS (SELECT min(tx) AS tx FROM (SELECT tx FROM walgate.transactions WHERE xid >= $1
+			UNION ALL SELECT tx FROM walgate.transactions WHERE xid = ANY ($2)) t
+			WHERE tx > (SELECT floor FROM walgate.checkpoint))
+		SELECT coalesce(hidden.tx, 0), EXISTS (SELECT FROM walgate.transactions t WHERE t.tx > hidden.tx AND t.xid < $1 AND t.xid <> ALL ($2))
+		FROM hidden`, int64(xmax), ids).QueryRow(func(r pgx.Row) error { return r.Scan(&first, &shown) })
+	queueHead(b, h)
 	b.Queue(`COMMIT`)
 	if err := l.pool.SendBatch(ctx, b).Close(); err != nil {
-		return 0, nil, readError(err)
+		return 0, false, nil, readError(err)
 	}
-	if first == nil {
-		return 0, &h, nil
-	}
-	return Version(*first), &h, nil
+	return first, shown, h, nil
 }
 
 func readError(err error) error {

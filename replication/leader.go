@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/walgate/walgate/changelog"
-	"github.com/walgate/walgate/policies"
 	"github.com/walgate/walgate/schema"
 )
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -51,15 +52,25 @@ func createSlot(ctx context.Context, conn *pgx.Conn, name string, log *slog.Logg
 	done := make(chan struct{})
 	defer close(done)
 	go watchSlotCreation(done, conn.Config(), conn.PgConn().PID(), name, log)
-	sql := `SELECT (lsn - '0/0')::int8 FROM pg_create_logical_replication_slot($1, 'pgoutput')`
-	if major(conn) >= 17 { // so that a promoted standby has it too
-		sql = `SELECT (lsn - '0/0')::int8 FROM pg_create_logical_replication_slot($1, 'pgoutput', failover => true)`
-	}
+	sql := fmt.Sprintf(`SELECT (lsn - '0/0')::int8 FROM %s`, slotCall(`$1`, major(conn)))
 	var lsn int64
 	if err := conn.QueryRow(ctx, sql, name).Scan(&lsn); err != nil {
 		return Slot{}, fmt.Errorf("create replication slot %s (needs wal_level = logical, a free slot, and the REPLICATION attribute): %w", name, err)
 	}
 	return Slot{Created: true, Confirmed: changelog.LSN(lsn)}, nil
+}
+
+// slotCall is the call that makes a slot; from 17 on a promoted standby has it too.
+func slotCall(name string, major int) string {
+	if major >= 17 {
+		return `pg_create_logical_replication_slot(` + name + `, 'pgoutput', failover => true)`
+	}
+	return `pg_create_logical_replication_slot(` + name + `, 'pgoutput')`
+}
+
+// SlotSQL is the statement that makes the slot, for a DBA.
+func SlotSQL(name string, serverVersion int) string {
+	return `SELECT ` + slotCall(`'`+strings.ReplaceAll(name, `'`, `''`)+`'`, serverVersion/10000) + `;`
 }
 
 // watchSlotCreation names the oldest transaction while a slot's creation waits for it.

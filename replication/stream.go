@@ -197,7 +197,7 @@ func (s *stream) persistIdle(ctx context.Context, now time.Time) error {
 }
 
 // handOver gives the received position to the appender, with whatever the sequencer holds.
-func (s *stream) handOver() error {
+func (s *stream) handOver(ctx context.Context) error {
 	p := s.seq.piece
 	s.seq.piece = changelog.Piece{}
 	p.LSN, p.Final, p.Version = max(s.received, s.handed), true, s.seq.clock.Last()

@@ -1,0 +1,233 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gofiber/fiber/v2"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/semaphore"
+
+	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/policies"
+	"github.com/walgate/walgate/schema"
+)
+
+// Options is what a gateway needs.
+type Options struct {
+	Log          *changelog.Log
+	Bus          changelog.Bus
+	Source       *pgxpool.Pool // reads of the source's tables; see OpenSource
+	Types        *schema.Types
+	Policies     func() *policies.Set // the newest; never nil
+	SourceStatus func() SourceStatus  // of this instance's replication
+	Fence        func(context.Context) (changelog.LSN, error)
+	Auth         *Authenticator
+	Logger       *slog.Logger
+
+	PublicURL          string
+	AllowedOrigins     []string
+	TrustedProxies     []string
+	FrameLimit         int // bytes of one client frame
+	RequestsPerSecond  int // of one subject
+	Burst              int
+	StreamConnections  int           // open WebSockets of this instance
+	StreamsPerSubject  int           // open WebSockets of one subject
+	FullConcurrency    int           // full resyncs at a time
+	Drain              time.Duration // how long shutdown waits for clients
+	CertFile, KeyFile  string
+	ReadersConcurrency int // reads of the log at a time
+}
+
+// SourceStatus is what an operator wants to know of replication.
+type SourceStatus struct {
+	Leading      bool
+	Err          string
+	Received     changelog.LSN
+	Logged       changelog.LSN
+	Acknowledged changelog.LSN
+	Transactions uint64
+	Rows         uint64
+	Reconnects   uint64
+	PolicyErrors uint64
+	LastCommit   time.Time
+	LastHeard    time.Time
+	QueueBytes   int64
+	SlotLag      int64
+	SlotStatus   string
+	Stopped      map[string]string // collections, and why
+}
+
+// Gateway serves clients. Make it with New; Run does everything else.
+type Gateway struct {
+	o        Options
+	auth     *Authenticator
+	hub      *hub
+	limiter  *rateLimiter
+	metrics  *metrics
+	app      *fiber.App
+	fulls    *semaphore.Weighted
+	readers  *semaphore.Weighted
+	streams  sync.WaitGroup
+	open     atomic.Int64
+	subjects subjectCounts
+	draining atomic.Bool
+	policyN  atomic.Uint64
+	serving  context.Context // ends when draining begins
+	stop     context.CancelFunc
+}
+
+// New checks nothing over the network; it makes the routes.
+func New(o Options) *Gateway {
+	g := &Gateway{o: o, auth: o.Auth,
+		fulls: semaphore.NewWeighted(int64(max(1, o.FullConcurrency))), readers: semaphore.NewWeighted(int64(max(1, o.ReadersConcurrency))),
+		limiter: newRateLimiter(o.RequestsPerSecond, o.Burst, maxRateSubjects, time.Now)}
+	g.serving, g.stop = context.WithCancel(context.Background())
+	g.hub = newHub(o.Log, o.Bus, o.Logger, g.policyFailed)
+	g.metrics = newMetrics(g)
+	g.app = g.routes()
+	return g
+}
+
+// Run serves on the listener until ctx ends; then it says goodbye to the clients, waits for them up to Drain, and returns
+// nil. Nothing of it runs afterwards.
+func (g *Gateway) Run(ctx context.Context, l net.Listener) error {
+	hubCtx, stopHub := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopHub()
+	hubDone := make(chan error, 1)
+	go func() { hubDone <- g.hub.run(hubCtx) }()
+	served := make(chan error, 1)
+	go func() { served <- g.app.Listener(l) }()
+	var err error
+	select {
+	case err = <-served:
+	case <-ctx.Done():
+	}
+	g.drain()
+	stopHub()
+	<-hubDone
+	if err != nil {
+		return fmt.Errorf("serve HTTP: %w", err)
+	}
+	return nil
+}
+
+// drain ends the streams first, for the HTTP server doesn't know of them, then the requests.
+func (g *Gateway) drain() {
+	g.draining.Store(true)
+	g.stop()
+	ended := make(chan struct{})
+	go func() { g.streams.Wait(); close(ended) }()
+	timer := time.NewTimer(g.o.Drain)
+	defer timer.Stop()
+	select {
+	case <-ended:
+	case <-timer.C:
+		g.o.Logger.Warn("clients were still connected when the drain time was over", "streams", g.open.Load())
+	}
+	if err := g.app.ShutdownWithTimeout(g.o.Drain); err != nil && !errors.Is(err, net.ErrClosed) {
+		g.o.Logger.Warn("requests were cut off when the drain time was over", "error", err)
+	}
+}
+
+// reconnectAfter spreads the clients of a stopping instance over a few seconds.
+func (g *Gateway) reconnectAfter() time.Duration {
+	return 500*time.Millisecond + rand.N(3*time.Second)
+}
+
+// requestContext ends with the server's serving time: the framework's own ends only at its shutdown.
+func (g *Gateway) requestContext(*fiber.Ctx) context.Context { return g.serving }
+
+// feedFor makes the caller's view of the collections that it names.
+func (g *Gateway) feedFor(id *Identity, names []string) (*feed, error) {
+	set := g.o.Policies()
+	caller, err := set.NewCaller(id.Subject, id.Roles, id.Claims)
+	if errors.Is(err, policies.ErrTooManyScopes) {
+		return nil, NewProblem(TooManyScopes, "the token's claims select more than %d scopes", changelog.MaxScopes)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return newFeed(set, caller, names)
+}
+
+// policyFailed counts a row that a caller doesn't see because a filter failed on it.
+func (g *Gateway) policyFailed(collection string, err error) {
+	if n := g.policyN.Add(1); n == 1 || n%1000 == 0 {
+		g.o.Logger.Warn("a row is visible to nobody because its policy failed; mend the policy's where", "collection", collection, "count", n, "error", err)
+	}
+}
+
+// read reads the log and makes problems of failures.
+func (g *Gateway) read(ctx context.Context, r changelog.Request) (*changelog.Page, error) {
+	ctx, cancel := context.WithTimeout(ctx, readMost)
+	defer cancel()
+	p, err := g.o.Log.Read(ctx, r)
+	return p, g.logProblem(err)
+}
+
+func (g *Gateway) logProblem(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case g.draining.Load():
+		return (&Problem{Code: ShuttingDown}).Because(err)
+	case errors.Is(err, changelog.ErrNotInitialised):
+		return (&Problem{Code: NotReady}).Because(err)
+	}
+	return (&Problem{Code: LogUnavailable}).Because(err)
+}
+
+// readAdmitted reads the log once a reader's place is free.
+func (g *Gateway) readAdmitted(ctx context.Context, r changelog.Request) (*changelog.Page, error) {
+	release, err := g.admitReader(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	return g.read(ctx, r)
+}
+
+// admitReader bounds how many read the log at a time, so that a storm of clients after a restart queues here instead of in
+// the database.
+func (g *Gateway) admitReader(ctx context.Context) (release func(), err error) {
+	if err := g.readers.Acquire(ctx, 1); err != nil {
+		return nil, g.logProblem(err)
+	}
+	return func() { g.readers.Release(1) }, nil
+}
+
+// subjectCounts counts the open streams of each subject. Safe for concurrent use.
+type subjectCounts struct {
+	mu sync.Mutex
+	n  map[string]int
+}
+
+// add counts one more stream unless the subject has most of them.
+func (c *subjectCounts) add(subject string, most int) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.n == nil {
+		c.n = map[string]int{}
+	}
+	if most > 0 && c.n[subject] >= most {
+		return false
+	}
+	c.n[subject]++
+	return true
+}
+
+func (c *subjectCounts) remove(subject string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.n[subject]--; c.n[subject] <= 0 {
+		delete(c.n, subject)
+	}
+}

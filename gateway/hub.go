@@ -1,0 +1,432 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/policies"
+)
+
+const (
+	// positionCheck is how often the hub compares itself with the log: a message that the bus lost is found by it.
+	positionCheck = time.Second
+	gapPage       = 2000
+	gapBytes      = 4 << 20
+)
+
+// hub hands each change to the subscribers of its scopes. It stands at one version; what is below was handed to everybody
+// who is live. One goroutine (run) applies batches; the other methods are safe for concurrent use.
+type hub struct {
+	log    *changelog.Log
+	bus    changelog.Bus
+	logger *slog.Logger
+	failed func(collection string, err error) // a policy failed on a row
+
+	mu      sync.Mutex
+	head    *changelog.Head // where the hub stands; nil: nothing was read yet
+	scopes  map[[16]byte][]*subscriber
+	subs    map[*subscriber]struct{}
+	waiters map[chan struct{}]changelog.LSN
+	started chan struct{} // closed once head is set
+	touched []*subscriber // of the transaction being delivered; kept for its memory
+	partial []*subscriber // got an earlier part of it
+}
+
+func newHub(log *changelog.Log, bus changelog.Bus, logger *slog.Logger, failed func(string, error)) *hub {
+	return &hub{log: log, bus: bus, logger: logger, failed: failed, scopes: map[[16]byte][]*subscriber{}, subs: map[*subscriber]struct{}{},
+		waiters: map[chan struct{}]changelog.LSN{}, started: make(chan struct{})}
+}
+
+// run follows the log until ctx ends.
+func (h *hub) run(ctx context.Context) error {
+	batches := h.bus.Subscribe(ctx)
+	tick := time.NewTicker(positionCheck)
+	defer tick.Stop()
+	h.follow(ctx)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case b, ok := <-batches:
+			if !ok {
+				return nil
+			}
+			if !h.apply(b) {
+				h.follow(ctx)
+			}
+		case <-tick.C:
+			h.follow(ctx)
+		}
+	}
+}
+
+// apply hands a batch out if it continues where the hub stands; false: the log must be read.
+func (h *hub) apply(b *changelog.Batch) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.head == nil || b.History != h.head.History {
+		return false
+	}
+	if b.Last < h.head.Version || b.Last == h.head.Version && len(b.Entries) == 0 && len(b.Raises) == 0 && !b.Omitted {
+		h.passLocked(b.LSN) // a fence, an idle position, or a message that came twice
+		return true
+	}
+	if b.Prev != h.head.Version {
+		return false
+	}
+	if b.Omitted && len(h.subs) > 0 {
+		return false
+	}
+	h.deliverLocked(b.Entries, true)
+	h.raiseLocked(b.Raises)
+	h.head.Version = b.Last
+	h.passLocked(b.LSN)
+	return true
+}
+
+// follow reads the log from where the hub stands to its end. It leaves the rest to the next call when the log can't be read.
+func (h *hub) follow(ctx context.Context) {
+	for ctx.Err() == nil {
+		more, err := h.step(ctx)
+		if err != nil {
+			if ctx.Err() == nil && !errors.Is(err, changelog.ErrNotInitialised) {
+				h.logger.Warn("the change log can't be read; live clients wait", "error", err)
+			}
+			return
+		}
+		if !more {
+			return
+		}
+	}
+}
+
+func (h *hub) step(ctx context.Context) (more bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	h.mu.Lock()
+	old, idle := h.head, len(h.subs) == 0
+	h.mu.Unlock()
+	if old == nil || idle {
+		now, err := h.log.Head(ctx)
+		if err == nil {
+			h.standAt(now)
+		}
+		return false, err
+	}
+	now, err := h.log.Head(ctx)
+	if err != nil {
+		return false, err
+	}
+	if now.Version == old.Version && now.History == old.History {
+		h.standAt(now)
+		return false, nil
+	}
+	p, err := h.log.ReadAll(ctx, old.Version, now.Version, gapPage, gapBytes)
+	if err != nil {
+		return false, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if p.Head.History != old.History {
+		h.adoptLocked(&p.Head)
+		return false, nil
+	}
+	h.deliverLocked(p.Entries, !p.Partial)
+	lsn := p.Head.LSN
+	stand := p.Head
+	stand.Version = p.Last
+	if p.More {
+		stand.LSN = old.LSN
+	}
+	h.adoptLocked(&stand)
+	if !p.More {
+		h.passLocked(lsn)
+	}
+	return p.More, nil
+}
+
+// standAt takes over a head that was read without entries in between.
+func (h *hub) standAt(now *changelog.Head) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.head != nil && h.head.Version > now.Version && h.head.History == now.History {
+		return // a batch was applied meanwhile
+	}
+	if h.head != nil && h.head.Version < now.Version && len(h.subs) > 0 && h.head.History == now.History {
+		return // somebody subscribed meanwhile: the next step reads the entries
+	}
+	h.adoptLocked(now)
+	h.passLocked(now.LSN)
+}
+
+// adoptLocked takes over a head's state and tells those whom it cuts off.
+func (h *hub) adoptLocked(now *changelog.Head) {
+	old := h.head
+	h.head = now
+	if old == nil {
+		close(h.started)
+		return
+	}
+	for s := range h.subs {
+		if now.History != old.History {
+			s.end(&resync{Collections: s.feed.names(), Reason: reasonHistory})
+			continue
+		}
+		for _, c := range s.feed.collections {
+			if is := stateOf(now, c.Name); is != nil {
+				cutOff(s, c.Name, old.Version, is)
+			}
+		}
+	}
+}
+
+// cutOff ends a subscription whose collection was raised above what it has, or stopped; at is where the hub stood: what a
+// live subscriber has at least.
+func cutOff(s *subscriber, name string, at changelog.Version, is *changelog.Collection) {
+	switch {
+	case is.Stopped != "":
+		s.fail(NewProblem(CollectionUnavailable, "collection %s is stopped", name))
+	case is.Floor > s.reached(at):
+		s.end(&resync{Collections: []string{name}, Reason: reasonTooOld})
+	}
+}
+
+func (h *hub) raiseLocked(raises []changelog.Raise) {
+	for _, r := range raises {
+		st := h.head.Collection(r.Collection)
+		if st == nil {
+			continue
+		}
+		if r.Version != 0 {
+			st.Floor, st.FloorReason = r.Version, r.Reason
+		}
+		if r.SetStopped {
+			st.Stopped = r.Stopped
+		}
+		for s := range h.subs {
+			if s.feed.has(st.Name) {
+				cutOff(s, st.Name, h.head.Version, st)
+			}
+		}
+	}
+}
+
+// passLocked wakes those who wait for an LSN.
+func (h *hub) passLocked(lsn changelog.LSN) {
+	if lsn > h.head.LSN {
+		h.head.LSN = lsn
+	}
+	for c, want := range h.waiters {
+		if h.head.LSN >= want {
+			close(c)
+			delete(h.waiters, c)
+		}
+	}
+}
+
+// waitLSN waits until the log has passed an LSN of the source.
+func (h *hub) waitLSN(ctx context.Context, lsn changelog.LSN) error {
+	h.mu.Lock()
+	if h.head != nil && h.head.LSN >= lsn {
+		h.mu.Unlock()
+		return nil
+	}
+	c := make(chan struct{})
+	h.waiters[c] = lsn
+	h.mu.Unlock()
+	select {
+	case <-c:
+		return nil
+	case <-ctx.Done():
+		h.mu.Lock()
+		delete(h.waiters, c)
+		h.mu.Unlock()
+		return fmt.Errorf("wait for the change log to reach %s: %w", lsn, ctx.Err())
+	}
+}
+
+// position returns where the hub stands; false before the first read of the log.
+func (h *hub) position() (changelog.Head, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.head == nil {
+		return changelog.Head{}, false
+	}
+	out := *h.head
+	out.Collections = append([]changelog.Collection(nil), h.head.Collections...)
+	return out, true
+}
+
+// join makes s live from v on, which it has read up to; false: the hub has moved on, read again.
+func (h *hub) join(s *subscriber, v changelog.Version) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.head == nil || v < h.head.Version {
+		return false
+	}
+	s.goLive(v)
+	if _, known := h.subs[s]; known {
+		return true
+	}
+	h.subs[s] = struct{}{}
+	s.slots = make([]int, len(s.feed.scopes))
+	for i, key := range s.feed.scopes {
+		s.slots[i] = len(h.scopes[key])
+		h.scopes[key] = append(h.scopes[key], s)
+	}
+	return true
+}
+
+// leave takes s out; it costs its scopes.
+func (h *hub) leave(s *subscriber) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if _, known := h.subs[s]; !known {
+		return
+	}
+	delete(h.subs, s)
+	for i, key := range s.feed.scopes {
+		list := h.scopes[key]
+		last := len(list) - 1
+		moved := list[last]
+		list[s.slots[i]] = moved
+		for j, k := range moved.feed.scopes {
+			if k == key {
+				moved.slots[j] = s.slots[i]
+			}
+		}
+		list[last] = nil
+		if h.scopes[key] = list[:last]; last == 0 {
+			delete(h.scopes, key)
+		}
+	}
+}
+
+// deliverLocked hands entries (in version order) to the live subscribers of their scopes, a transaction at a time.
+// complete says that the last transaction ends here. Each frame is encoded once, however many get it.
+func (h *hub) deliverLocked(entries []changelog.Entry, complete bool) {
+	var fr frames
+	for i := 0; i < len(entries); {
+		j := i + 1
+		for j < len(entries) && entries[j].Version == entries[i].Version {
+			j++
+		}
+		h.deliverVersionLocked(entries[i:j], &fr)
+		if j == len(entries) && complete || j < len(entries) && entries[j].Tx != entries[i].Tx {
+			h.endTransactionLocked(entries[i].Version)
+		}
+		i = j
+	}
+	for _, s := range h.touched { // the rest of the transaction comes with the next page
+		s.flushPending(0, "")
+	}
+	h.partial = append(h.partial, h.touched...)
+	h.touched = h.touched[:0]
+}
+
+// deliverVersionLocked hands out one row change, which may touch several scopes: the row's presence in one outweighs its
+// leaving another.
+func (h *hub) deliverVersionLocked(group []changelog.Entry, fr *frames) {
+	fr.reset(group, h.head)
+	if fr.name == "" {
+		return
+	}
+	for pass := range 2 {
+		for i := range group {
+			e := &group[i]
+			for _, s := range h.scopes[e.Scope] {
+				if !s.wants(e.Version) || s.last == e.Version {
+					continue
+				}
+				op, seen := fr.judge(s, e, h.failed)
+				if !seen || (op == policies.Upsert) != (pass == 0) {
+					continue
+				}
+				s.last = e.Version
+				if s.pend(fr.encoded(e, op), e.Version, e.Tx) {
+					h.touched = append(h.touched, s)
+				}
+			}
+		}
+		if pass == 0 && len(group) == 1 && policies.Op(group[0].Op) == policies.Upsert && len(group[0].Guard) == 0 {
+			return // nothing of it can be a delete
+		}
+	}
+}
+
+func (h *hub) endTransactionLocked(v changelog.Version) {
+	for _, s := range h.touched {
+		s.flushPending(v, h.head.History)
+	}
+	for _, s := range h.partial {
+		s.flushPending(v, h.head.History)
+	}
+	h.touched, h.partial = h.touched[:0], h.partial[:0]
+}
+
+// frames holds what is made once per row change: its encodings and its judgements by distinct projection of claims.
+type frames struct {
+	name    string
+	history string
+	upsert  []byte
+	gone    []byte
+	left    []byte
+	judged  map[string]judgement
+}
+
+type judgement struct {
+	op   policies.Op
+	seen bool
+}
+
+func (f *frames) reset(group []changelog.Entry, head *changelog.Head) {
+	f.upsert, f.gone, f.left = nil, nil, nil
+	f.name, f.history = "", head.History
+	clear(f.judged)
+	if st := head.Collection(group[0].Collection); st != nil {
+		f.name = st.Name
+	}
+}
+
+// judge evaluates a filter once per distinct projection of claims.
+func (f *frames) judge(s *subscriber, e *changelog.Entry, failed func(string, error)) (policies.Op, bool) {
+	if len(e.Guard) == 0 {
+		return policies.Op(e.Op), true
+	}
+	c := s.feed.collection(f.name)
+	if c == nil {
+		return 0, false
+	}
+	key := string(e.Op) + c.JudgeKey(s.feed.caller)
+	if j, ok := f.judged[key]; ok {
+		return j.op, j.seen
+	}
+	op, seen, err := c.Judge(policies.Op(e.Op), e.Guard, s.feed.caller)
+	if err != nil {
+		failed(c.Name, err)
+	}
+	if f.judged == nil {
+		f.judged = map[string]judgement{}
+	}
+	f.judged[key] = judgement{op, seen}
+	return op, seen
+}
+
+func (f *frames) encoded(e *changelog.Entry, op policies.Op) []byte {
+	at := &f.upsert
+	switch op {
+	case policies.Delete:
+		at = &f.gone
+	case policies.Leave:
+		at = &f.left
+	}
+	if *at == nil {
+		*at = appendChange(make([]byte, 0, len(e.Data)+256), f.name, e, op, f.history)
+	}
+	return *at
+}

@@ -1,0 +1,98 @@
+package gateway
+
+import (
+	"errors"
+	"net"
+	"time"
+
+	"github.com/gofiber/fiber/v2"
+	"github.com/gofiber/fiber/v2/middleware/adaptor"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// metrics are the gateway's Prometheus metrics. The sync_ names are those that sync servers of this kind share; what is
+// walgate's own begins with walgate_.
+type metrics struct {
+	registry    *prometheus.Registry
+	pulls       prometheus.Counter
+	pullChanges prometheus.Counter
+	fulls       prometheus.Counter
+	resyncs     prometheus.Counter
+	streams     prometheus.Gauge
+	slow        prometheus.Counter
+	stuck       prometheus.Counter
+}
+
+func newMetrics(g *Gateway) *metrics {
+	r := prometheus.NewRegistry()
+	m := &metrics{registry: r}
+	counter := func(name, help string) prometheus.Counter {
+		c := prometheus.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
+		r.MustRegister(c)
+		return c
+	}
+	gauge := func(name, help string, value func() float64) {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value))
+	}
+	total := func(name, help string, value func() float64) {
+		r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, value))
+	}
+	m.pulls = counter("sync_pull_total", "Pull requests.")
+	m.pullChanges = counter("sync_pull_changes_served", "Changes returned by pulls.")
+	m.fulls = counter("sync_full_resync_total", "Full resync requests.")
+	m.resyncs = counter("walgate_resync_required_total", "Pulls and streams that were told to resynchronise in full.")
+	m.slow = counter("walgate_stream_catch_up_total", "Times a stream left the live path to read the log: at its start, or because its queue was full.")
+	m.stuck = counter("walgate_stream_stuck_total", "Streams closed because a write to the client timed out.")
+	m.streams = prometheus.NewGauge(prometheus.GaugeOpts{Name: "sync_websocket_connections", Help: "Subscribed WebSockets."})
+	r.MustRegister(m.streams, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+
+	status := func(value func(SourceStatus) float64) func() float64 {
+		return func() float64 { return value(g.o.SourceStatus()) }
+	}
+	gauge("walgate_leading", "1 while this instance holds the slot and appends.", status(func(s SourceStatus) float64 {
+		if s.Leading {
+			return 1
+		}
+		return 0
+	}))
+	gauge("walgate_slot_lag_bytes", "WAL that the slot holds back on the source's disk.", status(func(s SourceStatus) float64 { return float64(s.SlotLag) }))
+	gauge("walgate_append_lag_bytes", "WAL received but not yet durable in the change log.", status(func(s SourceStatus) float64 {
+		return float64(max(int64(s.Received)-int64(s.Logged), 0))
+	}))
+	gauge("walgate_acknowledge_lag_bytes", "WAL durable in the change log but not yet acknowledged to the source.", status(func(s SourceStatus) float64 {
+		return float64(max(int64(s.Logged)-int64(s.Acknowledged), 0))
+	}))
+	gauge("walgate_commit_age_seconds", "Age of the newest logged transaction of the source.", status(func(s SourceStatus) float64 { return since(s.LastCommit) }))
+	gauge("walgate_stream_silence_seconds", "Time since the source's walsender was last heard.", status(func(s SourceStatus) float64 { return since(s.LastHeard) }))
+	gauge("walgate_append_queue_bytes", "Decoded changes that wait for the change log.", status(func(s SourceStatus) float64 { return float64(s.QueueBytes) }))
+	gauge("walgate_collections_stopped", "Collections that are stopped until their table fits their policy again.", status(func(s SourceStatus) float64 { return float64(len(s.Stopped)) }))
+	total("walgate_transactions_total", "Source transactions logged by this instance.", status(func(s SourceStatus) float64 { return float64(s.Transactions) }))
+	total("walgate_changes_total", "Changes logged by this instance, one for each scope that they touch.", status(func(s SourceStatus) float64 { return float64(s.Rows) }))
+	total("walgate_reconnects_total", "Times replication stopped and was tried again.", status(func(s SourceStatus) float64 { return float64(s.Reconnects) }))
+	total("walgate_policy_errors_total", "Rows that nobody sees because their policy failed.", func() float64 {
+		return float64(g.o.SourceStatus().PolicyErrors + g.policyN.Load())
+	})
+	return m
+}
+
+// since returns the seconds since t, 0 for the zero time; never negative, for the clocks of two machines differ.
+func since(t time.Time) float64 {
+	if t.IsZero() || t.Unix() <= 0 {
+		return 0
+	}
+	return max(time.Since(t).Seconds(), 0)
+}
+
+func (m *metrics) handler() fiber.Handler {
+	return adaptor.HTTPHandler(promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
+}
+
+// writeFailed counts the clients that did not read in time.
+func (m *metrics) writeFailed(err error) {
+	var timeout net.Error
+	if errors.As(err, &timeout) && timeout.Timeout() {
+		m.stuck.Inc()
+	}
+}

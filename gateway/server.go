@@ -1,0 +1,128 @@
+package gateway
+
+import (
+	"context"
+	"strings"
+	"time"
+
+	"github.com/gofiber/contrib/websocket"
+	"github.com/gofiber/fiber/v2"
+	"github.com/gofiber/fiber/v2/middleware/cors"
+	"github.com/gofiber/fiber/v2/middleware/requestid"
+	"github.com/gofiber/fiber/v2/utils"
+)
+
+// bodyLimit: no route of the read side takes a body.
+const bodyLimit = 64 << 10
+
+// routes makes the HTTP server.
+func (g *Gateway) routes() *fiber.App {
+	app := fiber.New(fiber.Config{
+		AppName: "walgate", DisableStartupMessage: true, ErrorHandler: problemHandler(g.o.Logger),
+		BodyLimit: bodyLimit, ReadTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, ReadBufferSize: 16 << 10,
+		DisablePreParseMultipartForm: true, StreamRequestBody: true, RequestMethods: fiber.DefaultMethods,
+		EnableTrustedProxyCheck: true, TrustedProxies: g.o.TrustedProxies, ProxyHeader: proxyHeader(g.o.TrustedProxies),
+	})
+	app.Use(requestid.New(), recoverPanic)
+	if len(g.o.AllowedOrigins) > 0 {
+		app.Use(cors.New(cors.Config{AllowOrigins: strings.Join(g.o.AllowedOrigins, ","),
+			AllowHeaders:  "Authorization, Content-Type, If-None-Match, X-Request-ID",
+			ExposeHeaders: "X-Sync-Cursor, X-Sync-LastSeq, X-Sync-Mode, X-Sync-Settles, Retry-After, X-Request-ID"}))
+	}
+	app.Get("/healthz", func(c *fiber.Ctx) error { return c.JSON(fiber.Map{"status": "alive"}) })
+	app.Get("/readyz", g.readyz)
+	app.Get("/metrics", g.metrics.handler())
+	app.Get("/openapi.json", openAPI)
+	sync := app.Group("/sync")
+	sync.Get("/pull", g.authenticated, g.pull)
+	sync.Get("/full", g.authenticated, g.full)
+	sync.Get("/stream", g.upgrade, websocket.New(g.stream, websocket.Config{
+		HandshakeTimeout: 10 * time.Second, ReadBufferSize: 1024, WriteBufferSize: 1024, RecoverHandler: g.recoverStream}))
+	app.Use(func(*fiber.Ctx) error { return &Problem{Code: NotFound, Detail: "no such address; see /openapi.json"} })
+	return app
+}
+
+func proxyHeader(trusted []string) string {
+	if len(trusted) == 0 {
+		return ""
+	}
+	return fiber.HeaderXForwardedFor
+}
+
+// token takes the token of the header. It is a copy: the framework reuses the request's memory.
+func token(c *fiber.Ctx) string {
+	return utils.CopyString(bearerToken(c.Get(fiber.HeaderAuthorization)))
+}
+
+type identityKey struct{}
+
+func identityOf(c *fiber.Ctx) *Identity { return c.Locals(identityKey{}).(*Identity) }
+
+// authenticated lets only valid tokens through, at the subject's rate.
+func (g *Gateway) authenticated(c *fiber.Ctx) error {
+	if g.draining.Load() {
+		return &Problem{Code: ShuttingDown, RetryAfter: 2 * time.Second}
+	}
+	ctx, cancel := context.WithTimeout(g.serving, 10*time.Second)
+	defer cancel()
+	id, err := g.auth.Verify(ctx, token(c))
+	if err != nil {
+		return err
+	}
+	if err := g.limiter.check(id.Subject); err != nil {
+		return err
+	}
+	c.Locals(identityKey{}, id)
+	return c.Next()
+}
+
+// upgrade checks a handshake before it becomes a WebSocket.
+func (g *Gateway) upgrade(c *fiber.Ctx) error {
+	switch {
+	case !websocket.IsWebSocketUpgrade(c):
+		return &Problem{Code: UpgradeRequired, Detail: "connect with a WebSocket client"}
+	case g.draining.Load():
+		return &Problem{Code: ShuttingDown, RetryAfter: 2 * time.Second}
+	case !g.originAllowed(c.Get(fiber.HeaderOrigin)):
+		return &Problem{Code: Forbidden, Detail: "the page's origin is not in http.allowed_origins"}
+	case g.o.StreamConnections > 0 && g.open.Load() >= int64(g.o.StreamConnections):
+		return &Problem{Code: TooManyConnections, Detail: "this instance has as many streams as it may", RetryAfter: 5 * time.Second}
+	}
+	t := token(c)
+	if t == "" {
+		t = utils.CopyString(c.Query("token"))
+	}
+	c.Locals("token", t)
+	c.Locals("id", utils.CopyString(requestID(c)))
+	return c.Next()
+}
+
+// originAllowed: clients that aren't browsers send no origin.
+func (g *Gateway) originAllowed(origin string) bool {
+	if origin == "" || strings.EqualFold(origin, strings.TrimSuffix(g.o.PublicURL, "/")) {
+		return true
+	}
+	for _, o := range g.o.AllowedOrigins {
+		if o == "*" || strings.EqualFold(o, origin) {
+			return true
+		}
+	}
+	return false
+}
+
+func (g *Gateway) stream(c *websocket.Conn) {
+	g.streams.Add(1)
+	defer g.streams.Done()
+	g.open.Add(1)
+	defer g.open.Add(-1)
+	t, _ := c.Locals("token").(string)
+	id, _ := c.Locals("id").(string)
+	g.serveStream(g.serving, c, id, t)
+}
+
+func (g *Gateway) recoverStream(c *websocket.Conn) {
+	if r := recover(); r != nil {
+		g.o.Logger.Error("a stream ended by a panic; please report it", "panic", r)
+		c.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(websocket.CloseInternalServerErr, ""))
+	}
+}

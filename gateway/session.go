@@ -1,0 +1,426 @@
+package gateway
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	ws "github.com/fasthttp/websocket"
+	"github.com/gofiber/contrib/websocket"
+
+	"github.com/walgate/walgate/changelog"
+)
+
+const (
+	subscribeTimeout  = 10 * time.Second
+	heartbeatInterval = 25 * time.Second
+	pingInterval      = 30 * time.Second
+	// writeTimeout is how long one write may stand still before the reader counts as stuck.
+	writeTimeout = 20 * time.Second
+	readTimeout  = 3 * pingInterval
+	queueLimit   = 256 << 10 // bytes of frames that wait for one session
+	catchUpPage  = 500
+	pageBytes    = 8 << 20
+)
+
+// clientFrame is what a client may send.
+type clientFrame struct {
+	Type        string          `json:"type"`
+	Since       json.RawMessage `json:"since"`
+	Collections []string        `json:"collections"`
+	Token       string          `json:"token"`
+	Batch       bool            `json:"batch"`
+}
+
+// session is one subscribed WebSocket. run owns the writing; a second goroutine reads.
+type session struct {
+	g        *Gateway
+	conn     *websocket.Conn
+	id       string
+	identity *Identity
+	sub      *subscriber
+	since    changelog.Cursor
+	batch    bool
+	sent     changelog.Version // everything up to here was written
+	history  string
+	ready    bool
+	lastSent *change // newest change written by catching up, while its transaction has no checkpoint yet
+	renewals chan clientFrame
+	buf      []byte
+}
+
+// closing is how a session ends: with a last frame and a close code.
+type closing struct {
+	code  int
+	frame []byte
+}
+
+func (c *closing) Error() string { return fmt.Sprintf("closing with code %d", c.code) }
+
+func (s *session) closeWith(p *Problem) *closing {
+	return &closing{code: p.Code.Wire().Close, frame: p.frame(s.id)}
+}
+
+// serveStream runs one WebSocket from its upgrade to its end. token comes from the handshake and may be empty.
+func (g *Gateway) serveStream(ctx context.Context, conn *websocket.Conn, id, token string) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	conn.SetReadLimit(int64(g.o.FrameLimit))
+	s := &session{g: g, conn: conn, id: id, renewals: make(chan clientFrame)}
+	err := s.open(ctx, token)
+	if err == nil && !g.subjects.add(s.identity.Subject, g.o.StreamsPerSubject) {
+		err = &Problem{Code: TooManyConnections, Detail: "this subject has as many streams as it may"}
+	} else if err == nil {
+		defer g.subjects.remove(s.identity.Subject)
+		g.metrics.streams.Inc()
+		err = s.run(ctx, cancel)
+		g.metrics.streams.Dec()
+		g.hub.leave(s.sub)
+	}
+	s.close(err)
+}
+
+// close tells the client why and closes the socket.
+func (s *session) close(err error) {
+	var end *closing
+	var p *Problem
+	switch {
+	case errors.As(err, &end):
+	case errors.As(err, &p):
+		end = s.closeWith(p)
+	case err == nil || errors.Is(err, context.Canceled):
+		end = &closing{code: websocket.CloseGoingAway}
+	default:
+		return // the connection is broken: nobody listens
+	}
+	s.conn.SetWriteDeadline(time.Now().Add(2 * time.Second))
+	if len(end.frame) > 0 {
+		s.conn.WriteMessage(websocket.TextMessage, end.frame)
+	}
+	s.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(end.code, ""))
+}
+
+// open authenticates and reads the subscribe frame.
+func (s *session) open(ctx context.Context, token string) error {
+	s.conn.SetReadDeadline(time.Now().Add(subscribeTimeout))
+	f, err := s.read()
+	if err != nil {
+		var p *Problem
+		if !errors.As(err, &p) && ctx.Err() == nil {
+			return NewProblem(SubscribeTimeout, "no subscribe frame came within %s", subscribeTimeout)
+		}
+		return err
+	}
+	if f.Type != "subscribe" {
+		return NewProblem(InvalidFrame, "the first frame must be subscribe")
+	}
+	if f.Token != "" {
+		token = f.Token
+	}
+	if s.identity, err = s.g.auth.Verify(ctx, token); err != nil {
+		return err
+	}
+	if err := s.g.limiter.check(s.identity.Subject); err != nil {
+		return err
+	}
+	if s.since, err = parseSince(f.Since); err != nil {
+		return err
+	}
+	feed, err := s.g.feedFor(s.identity, f.Collections)
+	if err != nil {
+		return err
+	}
+	s.batch, s.sent = f.Batch, s.since.Version
+	s.sub = newSubscriber(feed, queueLimit)
+	return nil
+}
+
+// parseSince reads since as JSON: a string or a whole number.
+func parseSince(raw json.RawMessage) (changelog.Cursor, error) {
+	text := string(raw)
+	if len(raw) > 0 && raw[0] == '"' {
+		if err := json.Unmarshal(raw, &text); err != nil {
+			return changelog.Cursor{}, NewProblem(InvalidSince, "since can't be read")
+		}
+	}
+	c, err := changelog.ParseCursor(text)
+	if err != nil {
+		return c, NewProblem(InvalidSince, "since is %s", err)
+	}
+	return c, nil
+}
+
+// read reads one client frame.
+func (s *session) read() (f clientFrame, err error) {
+	kind, data, err := s.conn.ReadMessage()
+	if err != nil {
+		if errors.Is(err, ws.ErrReadLimit) {
+			return f, NewProblem(FrameTooLarge, "frames may have %d bytes", s.g.o.FrameLimit)
+		}
+		return f, err
+	}
+	if kind != websocket.TextMessage {
+		return f, NewProblem(BinaryFrame, "binary frames mean nothing here")
+	}
+	return decodeFrame(data)
+}
+
+// decodeFrame reads a client frame; unknown fields are let through for clients newer than this server.
+func decodeFrame(data []byte) (f clientFrame, err error) {
+	if err := json.Unmarshal(data, &f); err != nil {
+		return f, NewProblem(InvalidFrame, "the frame is not the JSON of a message: %s", jsonFault(err))
+	}
+	if f.Type != "subscribe" && f.Type != "auth" {
+		return f, NewProblem(InvalidFrame, "type must be subscribe or auth")
+	}
+	return f, nil
+}
+
+// jsonFault says what is wrong without repeating what was sent.
+func jsonFault(err error) string {
+	var syntax *json.SyntaxError
+	var typ *json.UnmarshalTypeError
+	switch {
+	case errors.As(err, &syntax):
+		return fmt.Sprintf("syntax error at byte %d", syntax.Offset)
+	case errors.As(err, &typ):
+		return fmt.Sprintf("%s must not be a %s", typ.Field, typ.Value)
+	}
+	return "unreadable"
+}
+
+// run writes until the session ends.
+func (s *session) run(ctx context.Context, cancel context.CancelFunc) error {
+	reading := make(chan error, 1)
+	go func() { reading <- s.readLoop(ctx) }()
+	err := s.write(ctx, reading)
+	cancel()
+	s.conn.SetReadDeadline(time.Unix(1, 0)) // ends the reader
+	return err
+}
+
+// readLoop reads renewals until the connection ends or a frame is wrong.
+func (s *session) readLoop(ctx context.Context) error {
+	s.conn.SetPongHandler(func(string) error { return s.conn.SetReadDeadline(time.Now().Add(readTimeout)) })
+	for {
+		s.conn.SetReadDeadline(time.Now().Add(readTimeout))
+		f, err := s.read()
+		if err != nil {
+			return err
+		}
+		if f.Type != "auth" {
+			return NewProblem(SecondSubscribe, "this stream is subscribed already")
+		}
+		select {
+		case s.renewals <- f:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// write is the session's loop: catch up, then pass on what the hub queues, until something ends it.
+func (s *session) write(ctx context.Context, reading <-chan error) error {
+	heartbeat, ping := time.NewTicker(heartbeatInterval), time.NewTicker(pingInterval)
+	defer heartbeat.Stop()
+	defer ping.Stop()
+	expiry := time.NewTimer(time.Until(s.identity.Expires))
+	defer expiry.Stop()
+	var queued []frame
+	for {
+		var live bool
+		var end *resync
+		var problem *Problem
+		clear(queued)
+		queued, live, end, problem = s.sub.take(queued[:0])
+		if err := s.send(queued); err != nil {
+			return err
+		}
+		switch {
+		case end != nil:
+			return s.resyncClosing(end)
+		case problem != nil:
+			return problem
+		case !live:
+			if err := s.catchUp(ctx); err != nil {
+				return err
+			}
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return s.goodbye()
+		case err := <-reading:
+			return err
+		case f := <-s.renewals:
+			if err := s.renew(ctx, f.Token, expiry); err != nil {
+				return err
+			}
+		case <-expiry.C:
+			return NewProblem(TokenExpired, "renew the token with an auth frame before it expires")
+		case <-s.sub.bell:
+		case <-heartbeat.C:
+			if err := s.heartbeat(); err != nil {
+				return err
+			}
+		case <-ping.C:
+			if err := s.conn.WriteControl(websocket.PingMessage, nil, time.Now().Add(writeTimeout)); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func (s *session) goodbye() error {
+	return &closing{code: ShuttingDown.Wire().Close, frame: fmt.Appendf(nil, `{"type":"goodbye","reconnect_after_ms":%d}`, s.g.reconnectAfter().Milliseconds())}
+}
+
+func (s *session) resyncClosing(r *resync) error {
+	s.g.metrics.resyncs.Inc()
+	names, _ := json.Marshal(r.Collections) // strings
+	return &closing{code: FullResyncRequired.Wire().Close,
+		frame: fmt.Appendf(nil, `{"type":"full_resync_required","collections":%s,"reason":%q}`, names, r.Reason)}
+}
+
+// renew takes a new token of the same subject. Other scopes need other rows than those the client holds.
+func (s *session) renew(ctx context.Context, token string, expiry *time.Timer) error {
+	id, err := s.g.auth.Verify(ctx, token)
+	if err != nil {
+		return err
+	}
+	if id.Subject != s.identity.Subject {
+		return NewProblem(InvalidToken, "a renewed token must have the same subject")
+	}
+	feed, err := s.g.feedFor(id, s.sub.feed.names())
+	if err != nil {
+		return err
+	}
+	if feed.caller.ScopeHash != s.sub.feed.caller.ScopeHash {
+		if names := s.sub.feed.scoped(); len(names) > 0 {
+			return s.resyncClosing(&resync{Collections: names, Reason: reasonScopes})
+		}
+	}
+	s.identity = id
+	expiry.Reset(time.Until(id.Expires))
+	return nil
+}
+
+// heartbeat tells a quiet client how far it has come, so that its next since isn't old.
+func (s *session) heartbeat() error {
+	head, ok := s.g.hub.position() // first: all up to there is queued or was sent
+	frames, live, _, _ := s.sub.take(nil)
+	if err := s.send(frames); err != nil {
+		return err
+	}
+	v := s.sent
+	if ok && live && head.History == s.history {
+		v = max(v, head.Version)
+	}
+	return s.writeText([]byte(`{"type":"heartbeat","last_seq":"` + s.sub.feed.cursor(v, s.history) + `"}`))
+}
+
+// catchUp reads the log from where the session stands until it can go live.
+func (s *session) catchUp(ctx context.Context) error {
+	s.g.metrics.slow.Inc()
+	s.sent = max(s.sent, s.sub.reached(0))
+	for {
+		p, err := s.g.readAdmitted(ctx, changelog.Request{Scopes: s.sub.feed.scopes, Since: s.sent, Limit: catchUpPage, MaxBytes: pageBytes})
+		if err != nil {
+			return err
+		}
+		since := changelog.Cursor{Version: s.sent, History: s.history}
+		if !s.ready {
+			since = s.since
+		}
+		if r := s.sub.feed.check(since, &p.Head); r != nil {
+			return s.resyncClosing(r)
+		}
+		if err := s.sub.feed.usable(&p.Head); err != nil {
+			return err
+		}
+		s.history = p.Head.History
+		if err := s.sendPage(p); err != nil {
+			return err
+		}
+		s.sent = p.Last
+		if !p.More && s.g.hub.join(s.sub, p.Last) {
+			return s.markReady()
+		}
+		if ctx.Err() != nil {
+			return s.goodbye()
+		}
+	}
+}
+
+// markReady tells the client once that it has caught up.
+func (s *session) markReady() error {
+	if s.ready {
+		return nil
+	}
+	s.ready = true
+	return s.writeText([]byte(`{"type":"ready","last_seq":"` + s.sub.feed.cursor(s.sent, s.history) + `"}`))
+}
+
+// sendPage writes a page of the log as frames, with a checkpoint after each complete transaction.
+func (s *session) sendPage(p *changelog.Page) error {
+	changes := s.sub.feed.judge(p.Entries, &p.Head, s.g.policyFailed)
+	var frames []frame
+	checkpoint := func() {
+		if s.lastSent != nil {
+			frames = append(frames, frame{checkpointFrame(s.sub.feed, s.lastSent.entry.Version, s.history), frameCheckpoint})
+			s.lastSent = nil
+		}
+	}
+	for i := range changes {
+		if c := &changes[i]; s.lastSent != nil && s.lastSent.entry.Tx != c.entry.Tx {
+			checkpoint()
+		}
+		s.lastSent = &changes[i]
+		frames = append(frames, frame{appendChange(nil, s.lastSent.collection, s.lastSent.entry, s.lastSent.op, s.history), frameChange})
+	}
+	if s.lastSent != nil && (!p.Partial || s.lastSent.entry.Tx != p.Entries[len(p.Entries)-1].Tx) {
+		checkpoint()
+	}
+	return s.send(frames)
+}
+
+// send writes frames; in batch mode the changes before each checkpoint become one.
+func (s *session) send(frames []frame) error {
+	for i := 0; i < len(frames); {
+		if frames[i].kind != frameChange || !s.batch {
+			if err := s.writeText(frames[i].data); err != nil {
+				return err
+			}
+			i++
+			continue
+		}
+		b := append(s.buf[:0], `{"type":"changes","changes":[`...)
+		for n := 0; i < len(frames) && frames[i].kind == frameChange; n++ {
+			if n > 0 {
+				b = append(b, ',')
+			}
+			b = append(b, frames[i].data...)
+			i++
+		}
+		b = append(b, "]}"...)
+		s.buf = b
+		if cap(s.buf) > 1<<20 {
+			s.buf = nil
+		}
+		if err := s.writeText(b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *session) writeText(b []byte) error {
+	s.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
+	if err := s.conn.WriteMessage(websocket.TextMessage, b); err != nil {
+		s.g.metrics.writeFailed(err)
+		return fmt.Errorf("write to the client: %w", err)
+	}
+	return nil
+}

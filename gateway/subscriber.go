@@ -1,0 +1,161 @@
+package gateway
+
+import (
+	"sync"
+
+	"github.com/walgate/walgate/changelog"
+)
+
+// frame is one thing to send.
+type frame struct {
+	data []byte
+	kind frameKind
+}
+
+type frameKind uint8
+
+const (
+	frameChange frameKind = iota
+	frameCheckpoint
+)
+
+// subscriber is the queue between the hub and one session. The hub puts, the session takes. It is bounded: when it is
+// full, the subscriber leaves the live path with everything before the transaction that didn't fit queued, and reads the
+// log from there.
+type subscriber struct {
+	feed  *feed
+	limit int           // bytes that may wait; 0: the first change ends the live path (a long poll)
+	bell  chan struct{} // capacity 1: look at the queue
+
+	// Of the hub, under its lock.
+	slots []int             // position in the hub's list of each scope
+	last  changelog.Version // newest row change handed over
+
+	mu      sync.Mutex
+	live    bool
+	queue   []frame
+	size    int
+	pending []frame // of the transaction being delivered
+	held    int
+	tx      changelog.Version // of pending
+	newest  changelog.Version // of pending
+	pos     changelog.Version // everything up to here is queued or was sent
+	closing *resync
+	problem *Problem
+}
+
+func newSubscriber(f *feed, limit int) *subscriber {
+	return &subscriber{feed: f, limit: limit, bell: make(chan struct{}, 1)}
+}
+
+func (s *subscriber) goLive(v changelog.Version) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.live, s.pos = true, v
+}
+
+// reached returns what the session has or will have, given that the hub has handed out everything up to hub.
+func (s *subscriber) reached(hub changelog.Version) changelog.Version {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.live {
+		return max(s.pos, hub)
+	}
+	return s.pos
+}
+
+// wants says whether a change at v is to be handed over.
+func (s *subscriber) wants(v changelog.Version) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.live && v > s.pos
+}
+
+// pend adds the change at v of transaction tx; true if it is the first of it in this round.
+func (s *subscriber) pend(data []byte, v, tx changelog.Version) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	first := len(s.pending) == 0
+	s.tx = tx
+	s.held += len(data)
+	if s.size+s.held > s.limit {
+		s.overflowLocked()
+		return false
+	}
+	s.pending = append(s.pending, frame{data, frameChange})
+	s.newest = v
+	return first
+}
+
+// overflowLocked leaves the live path before the present transaction.
+func (s *subscriber) overflowLocked() {
+	s.live = false
+	s.pos = max(s.pos, s.tx-1)
+	s.pending, s.held = nil, 0
+	ring(s.bell)
+}
+
+// flushPending queues what the transaction brought, with a checkpoint at v (0: it goes on).
+func (s *subscriber) flushPending(v changelog.Version, history string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.live || len(s.pending) == 0 && s.pos >= v {
+		s.pending, s.held = nil, 0
+		return
+	}
+	s.queue = append(s.queue, s.pending...)
+	s.size += s.held
+	clear(s.pending)
+	s.pending, s.held = s.pending[:0], 0
+	s.pos = max(s.newest, v)
+	if v != 0 {
+		s.queue = append(s.queue, frame{checkpointFrame(s.feed, v, history), frameCheckpoint})
+	}
+	ring(s.bell)
+}
+
+// take moves what waits into dst.
+func (s *subscriber) take(dst []frame) (frames []frame, live bool, r *resync, p *Problem) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	dst = append(dst, s.queue...)
+	clear(s.queue)
+	s.queue, s.size = s.queue[:0], 0
+	if cap(s.queue) > 1024 {
+		s.queue = nil
+	}
+	return dst, s.live, s.closing, s.problem
+}
+
+// end makes the session tell its client to resynchronise, after what is queued.
+func (s *subscriber) end(r *resync) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing == nil {
+		s.closing = r
+	}
+	s.live = false
+	ring(s.bell)
+}
+
+// fail makes the session end with a problem.
+func (s *subscriber) fail(p *Problem) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.problem == nil {
+		s.problem = p
+	}
+	s.live = false
+	ring(s.bell)
+}
+
+func ring(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+func checkpointFrame(f *feed, v changelog.Version, history string) []byte {
+	return []byte(`{"type":"checkpoint","last_seq":"` + f.cursor(v, history) + `"}`)
+}

@@ -1,0 +1,171 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/gateway"
+	"github.com/walgate/walgate/replication"
+	"github.com/walgate/walgate/schema"
+)
+
+// serve runs the gateway until ctx ends. ready, if not nil, gets the base URL once clients can connect.
+//
+// The goroutines, and how they stop: ctx ends → the gateway says goodbye to its clients and drains (gateway.Run, with the
+// hub inside) → then replication stops: the stream stops receiving, the appender ends, the last status acknowledges what
+// is logged (replication.Leader.Run), and the catalog's watch ends → then the pools close. A second signal ends the
+// process. Killed at any point, it goes on from the log's checkpoint.
+func serve(ctx context.Context, cfg *Config, logger *slog.Logger, ready chan<- string) error {
+	p, err := open(ctx, cfg, logger)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	if err := p.install(ctx, cfg, logger); err != nil {
+		return err
+	}
+	auth, err := newAuthenticator(ctx, cfg, logger)
+	if err != nil {
+		return err
+	}
+	var stats replication.Stats
+	bus := changelog.NewMemoryBus()
+	leader := replication.NewLeader(replication.Options{
+		Source: p.source, ReplicationURL: cfg.replicationURL(), Slot: cfg.Replication.Slot, Publications: p.publications,
+		ConfigRevision: cfg.Revision, MaxSlotLag: int64(cfg.Limits.MaxSlotLag), Log: p.log, Bus: bus, Watcher: p.watcher, Stats: &stats, Logger: logger,
+	})
+	gw := gateway.New(gatewayOptions(cfg, p, bus, auth, &stats, logger))
+	listener, err := net.Listen("tcp", cfg.HTTP.Listen)
+	if err != nil {
+		return fmt.Errorf("listen on http.listen: %w", err)
+	}
+	logger.Info("serving", "listen", listener.Addr().String(), "version", version, "collections", len(cfg.Collections))
+	if ready != nil {
+		ready <- "http://" + listener.Addr().String()
+	}
+
+	working, stopWorking := context.WithCancel(context.WithoutCancel(ctx)) // outlives the drain
+	defer stopWorking()
+	g, serving := errgroup.WithContext(ctx)
+	g.Go(func() error { // clients: the hub and every session; waits for them
+		defer stopWorking()
+		return gw.Run(serving, listener)
+	})
+	g.Go(func() error { return leader.Run(working) })    // the slot: stream, appender, care
+	g.Go(func() error { return p.watcher.Run(working) }) // the source's catalog
+	err = g.Wait()
+	logger.Info("stopped")
+	return err
+}
+
+// parts is what lives longer than the goroutines.
+type parts struct {
+	source       *pgxpool.Pool
+	log          *changelog.Log
+	watcher      *replication.Watcher
+	publications schema.Publications
+}
+
+// open connects to the source and compiles the policies against it.
+func open(ctx context.Context, cfg *Config, logger *slog.Logger) (*parts, error) {
+	p := &parts{publications: schema.PublicationsFor(cfg.Replication.Publication)}
+	var err error
+	if p.source, err = schema.OpenPool(ctx, string(cfg.Database.URL), cfg.Database.PoolSize); err != nil {
+		return nil, err
+	}
+	if p.log, err = changelog.Open(ctx, cfg.storageURL(), cfg.Storage.PoolSize); err != nil {
+		p.source.Close()
+		return nil, err
+	}
+	p.watcher = replication.NewWatcher(p.source, p.publications, cfg.Collections, cfg.AutoInit, cfg.Catalog.PollInterval, logger)
+	faults, err := p.watcher.Start(ctx)
+	if err == nil && len(faults) > 0 {
+		err = FaultsError(cfg, faults)
+	}
+	if err != nil {
+		p.close()
+		return nil, err
+	}
+	return p, nil
+}
+
+func (p *parts) close() {
+	p.source.Close()
+	p.log.Close()
+}
+
+// install checks that the source is prepared, or prepares it where auto_init allows.
+func (p *parts) install(ctx context.Context, cfg *Config, logger *slog.Logger) error {
+	if len(cfg.Collections) == 0 {
+		logger.Warn("no collections are configured: nothing is synced")
+	}
+	if cfg.AutoInit {
+		if err := initialise(ctx, cfg, p, logger); err != nil {
+			return err
+		}
+	}
+	conn, err := p.source.Acquire(ctx)
+	if err != nil {
+		return fmt.Errorf("connect to the source: %w", err)
+	}
+	defer conn.Release()
+	d := p.watcher.Current()
+	steps, err := replication.PlanFor(ctx, conn.Conn(), p.publications, d.Set, d.Catalog)
+	if err != nil {
+		return err
+	}
+	for _, s := range steps {
+		err = errors.Join(err, errors.New(s.What))
+	}
+	if err != nil {
+		return fmt.Errorf("the source is not prepared; run walgate init (or set auto_init: true). Missing:\n%w", err)
+	}
+	return p.log.Migrate(ctx)
+}
+
+func newAuthenticator(ctx context.Context, cfg *Config, logger *slog.Logger) (*gateway.Authenticator, error) {
+	a := gateway.AuthConfig{Secret: string(cfg.Auth.JWT.Secret), JWKSURL: cfg.Auth.JWT.JWKSURL, Issuer: cfg.Auth.JWT.Issuer,
+		Audience: cfg.Auth.JWT.Audience, Leeway: cfg.Auth.JWT.Leeway, SubjectClaim: cfg.Auth.Claims.Subject, RolesClaim: cfg.Auth.Claims.Roles, Log: logger}
+	if f := cfg.Auth.JWT.PublicKeyFile; f != "" {
+		pem, err := os.ReadFile(f)
+		if err != nil {
+			return nil, fmt.Errorf("auth.jwt.public_key_file: %w", err)
+		}
+		a.PublicKeyPEM = string(pem)
+	}
+	return gateway.NewAuthenticator(ctx, a, nil)
+}
+
+func gatewayOptions(cfg *Config, p *parts, bus changelog.Bus, auth *gateway.Authenticator, stats *replication.Stats, logger *slog.Logger) gateway.Options {
+	return gateway.Options{
+		Log: p.log, Bus: bus, Source: p.source, Types: p.watcher.Types(), Auth: auth, Logger: logger,
+		Policies:     p.policies,
+		SourceStatus: func() gateway.SourceStatus { return sourceStatus(stats, p.watcher) },
+		Fence:        func(ctx context.Context) (changelog.LSN, error) { return replication.Fence(ctx, p.source) },
+		PublicURL:    cfg.HTTP.PublicURL, AllowedOrigins: cfg.HTTP.AllowedOrigins, TrustedProxies: cfg.HTTP.TrustedProxies,
+		FrameLimit: int(cfg.Limits.Frame), RequestsPerSecond: cfg.Limits.RequestsPerSecond, Burst: cfg.Limits.Burst,
+		StreamConnections: cfg.Limits.StreamConnections, StreamsPerSubject: cfg.Limits.StreamConnectionsPerSubject,
+		FullConcurrency: cfg.Limits.FullConcurrency, Drain: cfg.Limits.Drain, ReadersConcurrency: max(1, cfg.Storage.PoolSize-2),
+		CertFile: cfg.HTTP.TLS.CertFile, KeyFile: cfg.HTTP.TLS.KeyFile,
+	}
+}
+
+func sourceStatus(s *replication.Stats, w *replication.Watcher) gateway.SourceStatus {
+	leading, failure, slot := s.State()
+	return gateway.SourceStatus{
+		Leading: leading, Err: failure, Received: changelog.LSN(s.Received.Load()), Logged: changelog.LSN(s.Logged.Load()),
+		Acknowledged: changelog.LSN(s.Acknowledged.Load()), Transactions: s.Transactions.Load(), Rows: s.Rows.Load(),
+		Reconnects: s.Reconnects.Load(), PolicyErrors: s.PolicyErrors.Load(), LastCommit: time.Unix(0, s.CommitNanos.Load()),
+		LastHeard: time.Unix(0, s.WireNanos.Load()), QueueBytes: s.QueueBytes.Load(), SlotLag: slot.LagBytes, SlotStatus: slot.Status,
+		Stopped: w.Current().Stopped,
+	}
+}
