@@ -38,8 +38,8 @@ type export struct {
 	buf   []byte
 	count int // documents so far
 
-	first   *snapshot         // of the first chunk, still open
-	beyond  changelog.Version // the newest version that a snapshot may show parts of, above L; 0: none
+	first   *snapshot         // of the first chunk, until its rows are read
+	beyond  changelog.Version // not 0: some snapshot may show more than L
 	fetched int               // rows of this chunk
 }
 
@@ -195,13 +195,14 @@ func (x *export) tombstones(ctx context.Context) error {
 // documents adds rows of one collection in key order; true: the collection is read to its end.
 func (x *export) documents(ctx context.Context, c *policies.Collection) (ended bool, err error) {
 	s := x.first
-	if s == nil || x.cur.Index > 0 {
+	x.first = nil
+	if s == nil {
 		if s, err = x.open(ctx, c); err != nil {
 			return false, err
 		}
-		defer s.close(ctx)
 		x.beyond = max(x.beyond, 1)
 	}
+	defer s.close(ctx)
 	ended, err = s.read(ctx, x, c)
 	if err != nil {
 		return false, sourceProblem(err)
@@ -340,7 +341,6 @@ func (s *snapshot) read(ctx context.Context, x *export, c *policies.Collection) 
 	if res := pg.ExecParams(ctx, "DECLARE walgate_rows NO SCROLL CURSOR FOR "+sql, params, oids, nil, nil).Read(); res.Err != nil {
 		return false, fmt.Errorf("read %s: %w", c.Table, res.Err)
 	}
-	defer pg.Exec(ctx, `CLOSE walgate_rows`).ReadAll()
 	size, had := 0, 0
 	for !x.full() {
 		n := min(fetchMost, x.rows-x.fetched)
