@@ -402,7 +402,7 @@ func (f *frames) judge(s *subscriber, e *changelog.Entry, failed func(string, er
 	if c == nil {
 		return 0, false
 	}
-	key := string(e.Op) + c.JudgeKey(s.feed.caller)
+	key := string(rune(e.Op)) + string(e.Guard) + "\x00" + c.JudgeKey(s.feed.caller) // entering and staying have guards of their own
 	if j, ok := f.judged[key]; ok {
 		return j.op, j.seen
 	}

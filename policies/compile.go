@@ -279,11 +279,9 @@ func fingerprint(c *Collection) string {
 	for _, i := range c.Table.Key {
 		add("key", c.Table.Columns[i].Name)
 	}
-	for _, col := range c.Table.Columns {
-		if !col.Generated && !c.exclude[col.Name] {
-			add("column", col.Name, col.Type.Name)
-		}
-	}
+	// The columns by what the configuration says of them: what the table has besides is its shape, which may gain a column
+	// without anybody resynchronising.
+	add(append([]string{"exclude"}, slices.Sorted(maps.Keys(c.exclude))...)...)
 	for _, alt := range c.scopes {
 		add("scope")
 		for _, col := range alt.columns {

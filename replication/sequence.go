@@ -239,21 +239,31 @@ func (s *sequencer) addEntries(t *target, id []byte, old, now schema.Row, change
 		}
 		data = s.hold(doc)
 	}
+	var entered, stayed []byte // guards: who never saw the row must not learn that it left
 	if t.guarded {
-		if s.scratch = t.binding.AppendGuard(s.scratch[:0], old, now); len(s.scratch) > 0 {
-			e.Guard = s.hold(s.scratch)
-		}
+		entered, stayed = s.guard(t, nil, now), s.guard(t, old, now)
 	}
 	for _, f := range s.effects {
-		e.Scope, e.Op, e.Data = f.Scope, byte(f.Op), nil
+		e.Scope, e.Op, e.Data, e.Guard = f.Scope, byte(f.Op), nil, stayed
+		if f.Entered {
+			e.Guard = entered
+		}
 		if f.Op == policies.Upsert {
 			e.Data = data
 		}
 		s.piece.Entries = append(s.piece.Entries, e)
 		s.piece.Size += 120
 	}
-	s.piece.Size += len(data) + len(id) + len(e.Guard)
+	s.piece.Size += len(data) + len(id) + len(entered) + len(stayed)
 	return nil
+}
+
+func (s *sequencer) guard(t *target, old, now schema.Row) []byte {
+	s.scratch = t.binding.AppendGuard(s.scratch[:0], old, now)
+	if len(s.scratch) == 0 {
+		return nil
+	}
+	return s.hold(s.scratch)
 }
 
 // remember keeps a deleted row until the piece is handed over.
