@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -44,13 +45,13 @@ func serve(ctx context.Context, cfg *Config, logger *slog.Logger, ready chan<- s
 		ConfigRevision: cfg.Revision, MaxSlotLag: int64(cfg.Limits.MaxSlotLag), Log: p.log, Bus: bus, Watcher: p.watcher, Stats: &stats, Logger: logger,
 	})
 	gw := gateway.New(gatewayOptions(cfg, p, bus, auth, &stats, logger))
-	listener, err := net.Listen("tcp", cfg.HTTP.Listen)
+	listener, scheme, err := listen(cfg)
 	if err != nil {
-		return fmt.Errorf("listen on http.listen: %w", err)
+		return err
 	}
 	logger.Info("serving", "listen", listener.Addr().String(), "version", version, "collections", len(cfg.Collections))
 	if ready != nil {
-		ready <- "http://" + listener.Addr().String()
+		ready <- scheme + listener.Addr().String()
 	}
 
 	working, stopWorking := context.WithCancel(context.WithoutCancel(ctx)) // outlives the drain
@@ -65,6 +66,25 @@ func serve(ctx context.Context, cfg *Config, logger *slog.Logger, ready chan<- s
 	err = g.Wait()
 	logger.Info("stopped")
 	return err
+}
+
+// listen opens the server's address, with TLS where a certificate is configured.
+func listen(cfg *Config) (l net.Listener, scheme string, err error) {
+	scheme = "http://"
+	var cert tls.Certificate
+	if cfg.HTTP.TLS.CertFile != "" {
+		scheme = "https://"
+		if cert, err = tls.LoadX509KeyPair(cfg.HTTP.TLS.CertFile, cfg.HTTP.TLS.KeyFile); err != nil {
+			return nil, "", fmt.Errorf("http.tls: %w", err)
+		}
+	}
+	if l, err = net.Listen("tcp", cfg.HTTP.Listen); err != nil {
+		return nil, "", fmt.Errorf("listen on http.listen: %w", err)
+	}
+	if scheme == "https://" {
+		l = tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12})
+	}
+	return l, scheme, nil
 }
 
 // parts is what lives longer than the goroutines.
@@ -155,7 +175,6 @@ func gatewayOptions(cfg *Config, p *parts, bus changelog.Bus, auth *gateway.Auth
 		FrameLimit: int(cfg.Limits.Frame), RequestsPerSecond: cfg.Limits.RequestsPerSecond, Burst: cfg.Limits.Burst,
 		StreamConnections: cfg.Limits.StreamConnections, StreamsPerSubject: cfg.Limits.StreamConnectionsPerSubject,
 		FullConcurrency: cfg.Limits.FullConcurrency, Drain: cfg.Limits.Drain, ReadersConcurrency: max(1, cfg.Storage.PoolSize-2),
-		CertFile: cfg.HTTP.TLS.CertFile, KeyFile: cfg.HTTP.TLS.KeyFile,
 	}
 }
 

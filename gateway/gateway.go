@@ -42,7 +42,6 @@ type Options struct {
 	StreamsPerSubject  int           // open WebSockets of one subject
 	FullConcurrency    int           // full resyncs at a time
 	Drain              time.Duration // how long shutdown waits for clients
-	CertFile, KeyFile  string
 	ReadersConcurrency int // reads of the log at a time
 }
 

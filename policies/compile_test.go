@@ -205,8 +205,8 @@ func TestFingerprint(t *testing.T) {
 		seen[got] = name
 	}
 	for name, change := range map[string]func(*schema.Table){
-		"table":       func(t *schema.Table) { t.Name = "tasks2" },
-		"key":         func(t *schema.Table) { t.Key = []int{0, 1} },
+		"table": func(t *schema.Table) { t.Name = "tasks2" },
+		"key":   func(t *schema.Table) { t.Key = []int{0, 1} },
 	} {
 		tab := everything()
 		change(tab)
