@@ -108,7 +108,7 @@ func (x *export) anchor(ctx context.Context, s *snapshot, since *changelog.Curso
 
 // passFence waits until everything that was visible when it was called is durable and logged.
 func (x *export) passFence(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, fenceTimeout)
+	ctx, cancel := context.WithTimeout(ctx, x.g.limits.fence)
 	defer cancel()
 	lsn, err := x.g.o.Fence(ctx)
 	if err != nil {
@@ -170,7 +170,7 @@ func (x *export) full() bool { return x.fetched >= x.rows || len(x.buf) >= x.byt
 // tombstones adds what was deleted for the caller between its since and L.
 func (x *export) tombstones(ctx context.Context) error {
 	for x.cur.Tombstones < x.cur.Last && !x.full() {
-		p, err := x.g.readAdmitted(ctx, changelog.Request{Scopes: x.feed.scopes, Since: x.cur.Tombstones, Until: x.cur.Last, Limit: min(pullMost, x.rows-x.fetched), MaxBytes: pageBytes})
+		p, err := x.g.readAdmitted(ctx, changelog.Request{Scopes: x.feed.scopes, Since: x.cur.Tombstones, Until: x.cur.Last, Limit: min(pullMost, x.rows-x.fetched), MaxBytes: x.g.limits.page})
 		if err != nil {
 			return err
 		}

@@ -116,14 +116,14 @@ func (g *Gateway) full(c *fiber.Ctx) error {
 		return g.fullAll(c, feed, r, enc, release)
 	}
 	defer release()
-	ctx, cancel := context.WithTimeout(g.serving, time.Minute)
+	ctx, cancel := context.WithTimeout(g.working, time.Minute)
 	defer cancel()
 	return g.fullPage(ctx, c, feed, r, enc)
 }
 
 // fullPage answers one page.
 func (g *Gateway) fullPage(ctx context.Context, c *fiber.Ctx, f *feed, r fullRequest, enc encoding) error {
-	x := &export{g: g, feed: f, cur: r.cursor, rows: r.limit, bytes: pageBytes}
+	x := &export{g: g, feed: f, cur: r.cursor, rows: r.limit, bytes: g.limits.page}
 	if err := x.begin(ctx, r.since); err != nil {
 		return err
 	}
@@ -152,7 +152,7 @@ func (g *Gateway) fullPage(ctx context.Context, c *fiber.Ctx, f *feed, r fullReq
 // fullAll streams everything in one answer. Each chunk is read in a snapshot of its own, and no snapshot, lock or
 // connection is held while the client reads.
 func (g *Gateway) fullAll(c *fiber.Ctx, f *feed, r fullRequest, enc encoding, release func()) error {
-	ctx, cancel := context.WithTimeout(g.serving, fullTimeMost)
+	ctx, cancel := context.WithTimeout(g.working, fullTimeMost)
 	x := &export{g: g, feed: f, rows: chunkRows, bytes: chunkBytes}
 	if err := x.begin(ctx, r.since); err != nil {
 		cancel()
@@ -165,7 +165,7 @@ func (g *Gateway) fullAll(c *fiber.Ctx, f *feed, r fullRequest, enc encoding, re
 	c.Context().SetBodyStreamWriter(func(w *bufio.Writer) {
 		defer release()
 		defer cancel()
-		if err := x.streamAll(ctx, w, enc, func() { conn.SetWriteDeadline(time.Now().Add(streamWrite)) }); err != nil && ctx.Err() == nil {
+		if err := x.streamAll(ctx, w, enc, func() { conn.SetWriteDeadline(time.Now().Add(g.limits.fullWrite)) }); err != nil && ctx.Err() == nil {
 			g.o.Logger.Warn("a full resync was cut short; its client sees no end line and starts anew", "error", err)
 		}
 	})

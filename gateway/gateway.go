@@ -42,7 +42,7 @@ type Options struct {
 	StreamsPerSubject  int           // open WebSockets of one subject
 	FullConcurrency    int           // full resyncs at a time
 	Drain              time.Duration // how long shutdown waits for clients
-	ReadersConcurrency int // reads of the log at a time
+	ReadersConcurrency int           // reads of the log at a time
 }
 
 // SourceStatus is what an operator wants to know of replication.
@@ -79,16 +79,38 @@ type Gateway struct {
 	subjects subjectCounts
 	draining atomic.Bool
 	policyN  atomic.Uint64
-	serving  context.Context // ends when draining begins
+	serving  context.Context // ends when draining begins: nobody waits for changes any more
 	stop     context.CancelFunc
+	working  context.Context // ends when draining is over; the framework's own contexts end later still
+	cut      context.CancelFunc
+
+	limits limits
+}
+
+// limits are times and sizes that no operator needs to choose. They are fields for tests, which can't wait that long.
+type limits struct {
+	subscribe time.Duration // from the handshake to the subscribe frame
+	heartbeat time.Duration
+	ping      time.Duration
+	write     time.Duration // one write to a stream
+	fullWrite time.Duration // one write of limit=all
+	fence     time.Duration
+	queue     int // bytes of frames that wait for one session
+	page      int // bytes of documents in one page
+}
+
+func defaultLimits() limits {
+	return limits{subscribe: subscribeTimeout, heartbeat: heartbeatInterval, ping: pingInterval, write: writeTimeout,
+		fullWrite: streamWrite, fence: fenceTimeout, queue: queueLimit, page: pageBytes}
 }
 
 // New checks nothing over the network; it makes the routes.
 func New(o Options) *Gateway {
-	g := &Gateway{o: o, auth: o.Auth,
+	g := &Gateway{o: o, auth: o.Auth, limits: defaultLimits(),
 		fulls: semaphore.NewWeighted(int64(max(1, o.FullConcurrency))), readers: semaphore.NewWeighted(int64(max(1, o.ReadersConcurrency))),
 		limiter: newRateLimiter(o.RequestsPerSecond, o.Burst, maxRateSubjects, time.Now)}
 	g.serving, g.stop = context.WithCancel(context.Background())
+	g.working, g.cut = context.WithCancel(context.Background())
 	g.hub = newHub(o.Log, o.Bus, o.Logger, g.policyFailed)
 	g.metrics = newMetrics(g)
 	g.app = g.routes()
@@ -131,6 +153,7 @@ func (g *Gateway) drain() {
 	case <-timer.C:
 		g.o.Logger.Warn("clients were still connected when the drain time was over", "streams", g.open.Load())
 	}
+	defer g.cut()
 	if err := g.app.ShutdownWithTimeout(g.o.Drain); err != nil && !errors.Is(err, net.ErrClosed) {
 		g.o.Logger.Warn("requests were cut off when the drain time was over", "error", err)
 	}
@@ -140,9 +163,6 @@ func (g *Gateway) drain() {
 func (g *Gateway) reconnectAfter() time.Duration {
 	return 500*time.Millisecond + rand.N(3*time.Second)
 }
-
-// requestContext ends with the server's serving time: the framework's own ends only at its shutdown.
-func (g *Gateway) requestContext(*fiber.Ctx) context.Context { return g.serving }
 
 // feedFor makes the caller's view of the collections that it names.
 func (g *Gateway) feedFor(id *Identity, names []string) (*feed, error) {

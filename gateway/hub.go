@@ -26,6 +26,7 @@ type hub struct {
 	bus    changelog.Bus
 	logger *slog.Logger
 	failed func(collection string, err error) // a policy failed on a row
+	every  time.Duration                      // positionCheck, but for tests
 
 	mu      sync.Mutex
 	head    *changelog.Head // where the hub stands; nil: nothing was read yet
@@ -38,14 +39,14 @@ type hub struct {
 }
 
 func newHub(log *changelog.Log, bus changelog.Bus, logger *slog.Logger, failed func(string, error)) *hub {
-	return &hub{log: log, bus: bus, logger: logger, failed: failed, scopes: map[[16]byte][]*subscriber{}, subs: map[*subscriber]struct{}{},
+	return &hub{log: log, bus: bus, logger: logger, failed: failed, every: positionCheck, scopes: map[[16]byte][]*subscriber{}, subs: map[*subscriber]struct{}{},
 		waiters: map[chan struct{}]changelog.LSN{}, started: make(chan struct{})}
 }
 
 // run follows the log until ctx ends.
 func (h *hub) run(ctx context.Context) error {
 	batches := h.bus.Subscribe(ctx)
-	tick := time.NewTicker(positionCheck)
+	tick := time.NewTicker(h.every)
 	defer tick.Stop()
 	h.follow(ctx)
 	for {
@@ -79,13 +80,27 @@ func (h *hub) apply(b *changelog.Batch) bool {
 	if b.Prev != h.head.Version {
 		return false
 	}
-	if b.Omitted && len(h.subs) > 0 {
+	if b.Omitted || !h.knowsLocked(b.Entries) {
 		return false
 	}
 	h.deliverLocked(b.Entries, true)
 	h.raiseLocked(b.Raises)
 	h.head.Version = b.Last
 	h.passLocked(b.LSN)
+	return true
+}
+
+// knowsLocked says whether the hub has heard of every entry's collection.
+func (h *hub) knowsLocked(entries []changelog.Entry) bool {
+	last := int32(-1)
+	for i := range entries {
+		if id := entries[i].Collection; id != last {
+			if h.head.Collection(id) == nil {
+				return false
+			}
+			last = id
+		}
+	}
 	return true
 }
 
@@ -136,16 +151,13 @@ func (h *hub) step(ctx context.Context) (more bool, err error) {
 		h.adoptLocked(&p.Head)
 		return false, nil
 	}
-	h.deliverLocked(p.Entries, !p.Partial)
-	lsn := p.Head.LSN
-	stand := p.Head
-	stand.Version = p.Last
-	if p.More {
-		stand.LSN = old.LSN
-	}
+	stand := p.Head // its collections and floors hold from here on; the position follows with the entries
+	stand.Version, stand.LSN = old.Version, old.LSN
 	h.adoptLocked(&stand)
+	h.deliverLocked(p.Entries, !p.Partial)
+	h.head.Version = p.Last
 	if !p.More {
-		h.passLocked(lsn)
+		h.passLocked(p.Head.LSN)
 	}
 	return p.More, nil
 }
@@ -262,16 +274,17 @@ func (h *hub) position() (changelog.Head, bool) {
 	return out, true
 }
 
-// join makes s live from v on, which it has read up to; false: the hub has moved on, read again.
-func (h *hub) join(s *subscriber, v changelog.Version) bool {
+// join makes s live and returns from where: v, which it has read up to, or, where the hub has moved on, a later version;
+// then s must read the log up to there before it takes what is queued.
+func (h *hub) join(s *subscriber, v changelog.Version) (from changelog.Version) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.head == nil || v < h.head.Version {
-		return false
+	if h.head != nil {
+		v = max(v, h.head.Version)
 	}
 	s.goLive(v)
 	if _, known := h.subs[s]; known {
-		return true
+		return v
 	}
 	h.subs[s] = struct{}{}
 	s.slots = make([]int, len(s.feed.scopes))
@@ -279,7 +292,7 @@ func (h *hub) join(s *subscriber, v changelog.Version) bool {
 		s.slots[i] = len(h.scopes[key])
 		h.scopes[key] = append(h.scopes[key], s)
 	}
-	return true
+	return v
 }
 
 // leave takes s out; it costs its scopes.

@@ -127,7 +127,7 @@ func (g *Gateway) pull(c *fiber.Ctx) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(g.requestContext(c), r.wait+readMost)
+	ctx, cancel := context.WithTimeout(g.working, r.wait+readMost)
 	defer cancel()
 	body, n, err := g.pullPage(ctx, feed, r)
 	if err != nil {
@@ -144,7 +144,7 @@ func (g *Gateway) pullPage(ctx context.Context, f *feed, r pullRequest) (body []
 	deadline := time.Now().Add(r.wait)
 	since := r.since
 	for {
-		p, err := g.readAdmitted(ctx, changelog.Request{Scopes: f.scopes, Since: since.Version, Until: r.until, Limit: r.limit, MaxBytes: pageBytes})
+		p, err := g.readAdmitted(ctx, changelog.Request{Scopes: f.scopes, Since: since.Version, Until: r.until, Limit: r.limit, MaxBytes: g.limits.page})
 		if err != nil {
 			return nil, 0, err
 		}
@@ -170,10 +170,11 @@ func (g *Gateway) waitForChange(ctx context.Context, f *feed, v changelog.Versio
 		return false
 	}
 	s := newSubscriber(f, 0)
-	if !g.hub.join(s, v) {
+	from := g.hub.join(s, v)
+	defer g.hub.leave(s)
+	if from > v {
 		return true
 	}
-	defer g.hub.leave(s)
 	timer := time.NewTimer(time.Until(deadline))
 	defer timer.Stop()
 	select {
@@ -181,6 +182,7 @@ func (g *Gateway) waitForChange(ctx context.Context, f *feed, v changelog.Versio
 		return true
 	case <-timer.C:
 	case <-ctx.Done():
+	case <-g.serving.Done(): // the client asks the next instance
 	}
 	return false
 }

@@ -63,7 +63,7 @@ func (g *Gateway) authenticated(c *fiber.Ctx) error {
 	if g.draining.Load() {
 		return &Problem{Code: ShuttingDown, RetryAfter: 2 * time.Second}
 	}
-	ctx, cancel := context.WithTimeout(g.serving, 10*time.Second)
+	ctx, cancel := context.WithTimeout(g.working, 10*time.Second)
 	defer cancel()
 	id, err := g.auth.Verify(ctx, token(c))
 	if err != nil {

@@ -19,7 +19,6 @@ const (
 	pingInterval      = 30 * time.Second
 	// writeTimeout is how long one write may stand still before the reader counts as stuck.
 	writeTimeout = 20 * time.Second
-	readTimeout  = 3 * pingInterval
 	queueLimit   = 256 << 10 // bytes of frames that wait for one session
 	catchUpPage  = 500
 	pageBytes    = 8 << 20
@@ -104,12 +103,12 @@ func (s *session) close(err error) {
 
 // open authenticates and reads the subscribe frame.
 func (s *session) open(ctx context.Context, token string) error {
-	s.conn.SetReadDeadline(time.Now().Add(subscribeTimeout))
+	s.conn.SetReadDeadline(time.Now().Add(s.g.limits.subscribe))
 	f, err := s.read()
 	if err != nil {
 		var p *Problem
 		if !errors.As(err, &p) && ctx.Err() == nil {
-			return NewProblem(SubscribeTimeout, "no subscribe frame came within %s", subscribeTimeout)
+			return NewProblem(SubscribeTimeout, "no subscribe frame came within %s", s.g.limits.subscribe)
 		}
 		return err
 	}
@@ -133,7 +132,7 @@ func (s *session) open(ctx context.Context, token string) error {
 		return err
 	}
 	s.batch, s.sent = f.Batch, s.since.Version
-	s.sub = newSubscriber(feed, queueLimit)
+	s.sub = newSubscriber(feed, s.g.limits.queue)
 	return nil
 }
 
@@ -203,9 +202,9 @@ func (s *session) run(ctx context.Context, cancel context.CancelFunc) error {
 
 // readLoop reads renewals until the connection ends or a frame is wrong.
 func (s *session) readLoop(ctx context.Context) error {
-	s.conn.SetPongHandler(func(string) error { return s.conn.SetReadDeadline(time.Now().Add(readTimeout)) })
+	s.conn.SetPongHandler(func(string) error { return s.conn.SetReadDeadline(time.Now().Add(3 * s.g.limits.ping)) })
 	for {
-		s.conn.SetReadDeadline(time.Now().Add(readTimeout))
+		s.conn.SetReadDeadline(time.Now().Add(3 * s.g.limits.ping))
 		f, err := s.read()
 		if err != nil {
 			return err
@@ -223,7 +222,7 @@ func (s *session) readLoop(ctx context.Context) error {
 
 // write is the session's loop: catch up, then pass on what the hub queues, until something ends it.
 func (s *session) write(ctx context.Context, reading <-chan error) error {
-	heartbeat, ping := time.NewTicker(heartbeatInterval), time.NewTicker(pingInterval)
+	heartbeat, ping := time.NewTicker(s.g.limits.heartbeat), time.NewTicker(s.g.limits.ping)
 	defer heartbeat.Stop()
 	defer ping.Stop()
 	expiry := time.NewTimer(time.Until(s.identity.Expires))
@@ -266,7 +265,7 @@ func (s *session) write(ctx context.Context, reading <-chan error) error {
 				return err
 			}
 		case <-ping.C:
-			if err := s.conn.WriteControl(websocket.PingMessage, nil, time.Now().Add(writeTimeout)); err != nil {
+			if err := s.conn.WriteControl(websocket.PingMessage, nil, time.Now().Add(s.g.limits.write)); err != nil {
 				return err
 			}
 		}
@@ -325,8 +324,9 @@ func (s *session) heartbeat() error {
 func (s *session) catchUp(ctx context.Context) error {
 	s.g.metrics.slow.Inc()
 	s.sent = max(s.sent, s.sub.reached(0))
+	until := changelog.Version(0) // once live: where the queue begins
 	for {
-		p, err := s.g.readAdmitted(ctx, changelog.Request{Scopes: s.sub.feed.scopes, Since: s.sent, Limit: catchUpPage, MaxBytes: pageBytes})
+		p, err := s.g.readAdmitted(ctx, changelog.Request{Scopes: s.sub.feed.scopes, Since: s.sent, Until: until, Limit: catchUpPage, MaxBytes: s.g.limits.page})
 		if err != nil {
 			return err
 		}
@@ -345,11 +345,16 @@ func (s *session) catchUp(ctx context.Context) error {
 			return err
 		}
 		s.sent = p.Last
-		if !p.More && s.g.hub.join(s.sub, p.Last) {
-			return s.markReady()
-		}
-		if ctx.Err() != nil {
+		switch {
+		case ctx.Err() != nil:
 			return s.goodbye()
+		case p.More:
+			continue
+		case until == 0:
+			until = s.g.hub.join(s.sub, p.Last)
+		}
+		if s.sent >= until {
+			return s.markReady()
 		}
 	}
 }
@@ -417,7 +422,7 @@ func (s *session) send(frames []frame) error {
 }
 
 func (s *session) writeText(b []byte) error {
-	s.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
+	s.conn.SetWriteDeadline(time.Now().Add(s.g.limits.write))
 	if err := s.conn.WriteMessage(websocket.TextMessage, b); err != nil {
 		s.g.metrics.writeFailed(err)
 		return fmt.Errorf("write to the client: %w", err)

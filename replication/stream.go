@@ -41,6 +41,7 @@ type stream struct {
 	log     *slog.Logger
 
 	msg         message
+	at          changelog.LSN // of the message being handled
 	received    changelog.LSN // all commits that end at or before it were handled
 	handed      changelog.LSN // the newest position given to the appender
 	idleAsked   time.Time     // when an idle position was last handed over
@@ -212,12 +213,12 @@ func (s *stream) put(ctx context.Context, p changelog.Piece) error {
 	}
 	for !s.queue.TryPut(p) {
 		if err := s.queue.WaitRoom(ctx, statusInterval/2); err != nil {
-			return err
+			return &appendFailure{err}
 		}
 		s.heard = time.Now() // it is us who aren't listening
 		if !s.heard.Before(s.nextStatus) {
 			if err := s.sendStatus(); err != nil {
-				return err
+				return &appendFailure{err}
 			}
 			s.nextStatus = s.heard.Add(statusInterval)
 		}
@@ -233,9 +234,9 @@ func (s *stream) handle(ctx context.Context, data []byte) error {
 	case len(data) == 18 && data[0] == pglogrepl.PrimaryKeepaliveMessageByteID:
 		return s.keepalive(ctx, changelog.LSN(binary.BigEndian.Uint64(data[1:])), data[17] == 1)
 	case len(data) > 25 && data[0] == pglogrepl.XLogDataByteID:
-		at := changelog.LSN(binary.BigEndian.Uint64(data[1:]))
+		s.at = changelog.LSN(binary.BigEndian.Uint64(data[1:]))
 		if err := s.message(ctx, data[25:]); err != nil {
-			return s.located(at, err)
+			return s.located(s.at, err)
 		}
 		return nil
 	}
@@ -245,7 +246,8 @@ func (s *stream) handle(ctx context.Context, data []byte) error {
 // located adds the place to an error of decoding; errors of putting stay as they are.
 func (s *stream) located(at changelog.LSN, err error) error {
 	var lost *DecodeError
-	if errors.As(err, &lost) || errors.Is(err, context.Canceled) {
+	var broken *appendFailure
+	if errors.As(err, &lost) || errors.As(err, &broken) {
 		return err
 	}
 	name := ""
@@ -305,12 +307,12 @@ func (s *stream) message(ctx context.Context, b []byte) error {
 			}
 		}
 	case msgInsert, msgUpdate, msgDelete:
-		return s.change(m)
+		return s.change(ctx, m)
 	}
 	return nil
 }
 
-func (s *stream) change(m *message) error {
+func (s *stream) change(ctx context.Context, m *message) error {
 	t, ok := s.seq.targets[m.relation]
 	if !ok {
 		return fmt.Errorf("row of relation %d, which was never described", m.relation)
@@ -318,7 +320,33 @@ func (s *stream) change(m *message) error {
 	if t == nil || t.stopped != "" || s.seq.skipping {
 		return nil
 	}
-	return s.seq.change(t, m)
+	err := s.seq.change(t, m)
+	var broken *appendFailure
+	if err == nil || errors.As(err, &broken) {
+		return err
+	}
+	return s.retryChange(ctx, t, m, err)
+}
+
+// retryChange handles a row that can't be turned into a document: its types may have been altered, so they are read anew;
+// if that doesn't help, the collection stops, with the place, and the others go on.
+func (s *stream) retryChange(ctx context.Context, t *target, m *message, cause error) error {
+	fresh, err := s.resolve(ctx, t.relation)
+	if err == nil && fresh != nil && fresh.stopped == "" {
+		s.seq.targets[m.relation] = fresh
+		t = fresh
+		var broken *appendFailure
+		if err := s.seq.change(t, m); err == nil || errors.As(err, &broken) {
+			return err
+		}
+	}
+	if err != nil {
+		return err
+	}
+	t.stopped = s.located(s.at, cause).Error()
+	s.log.Error("collection stopped", "collection", t.collection.Name, "reason", t.stopped)
+	s.seq.raise(changelog.Raise{Collection: t.id, SetStopped: true, Stopped: t.stopped})
+	return nil
 }
 
 func (s *stream) commit(ctx context.Context, m *message) error {
@@ -365,6 +393,11 @@ func (s *stream) sendStatus() error {
 	s.stats.Acknowledged.Store(uint64(ack)) // the one place that moves "acknowledged"
 	return nil
 }
+
+// appendFailure is a failure to hand something over; it says nothing about the row.
+type appendFailure struct{ error }
+
+func (f *appendFailure) Unwrap() error { return f.error }
 
 // FencePrefix marks the logical messages that the gateway waits for.
 const FencePrefix = "walgate"

@@ -77,16 +77,12 @@ func matches(r *relation, table *schema.Table) bool {
 // has no attnum, a type that is gone is taken as text.
 func (t *tenure) layout(ctx context.Context, r *relation, table *schema.Table) ([]schema.Column, error) {
 	types := t.leader.o.Watcher.Types()
-	var unknown []uint32
+	oids := make([]uint32, 0, len(r.columns))
 	for _, c := range r.columns {
-		if types.Lookup(c.typ) == nil {
-			unknown = append(unknown, c.typ)
-		}
+		oids = append(oids, c.typ)
 	}
-	if len(unknown) > 0 {
-		if err := types.Load(ctx, t.leader.o.Source, unknown...); err != nil {
-			return nil, err
-		}
+	if err := types.Load(ctx, t.leader.o.Source, oids...); err != nil {
+		return nil, err
 	}
 	cols := make([]schema.Column, len(r.columns))
 	for i, c := range r.columns {
