@@ -155,6 +155,17 @@ func scanCollection(r pgx.CollectableRow) (c Collection, err error) {
 	return c, err
 }
 
+// EstimatedRows returns about how many rows the log holds, from the planner's statistics.
+func (l *Log) EstimatedRows(ctx context.Context) (int64, error) {
+	var n int64
+	err := l.pool.QueryRow(ctx, `SELECT coalesce(sum(greatest(reltuples, 0)), 0)::int8 FROM pg_inherits JOIN pg_class ON oid = inhrelid
+		WHERE inhparent = 'walgate.changes'::regclass`).Scan(&n)
+	if err != nil {
+		return 0, fmt.Errorf("estimate the change log's size: %w", err)
+	}
+	return n, nil
+}
+
 // Ping says whether the log's database answers.
 func (l *Log) Ping(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)

@@ -60,6 +60,7 @@ type SourceStatus struct {
 	LastHeard    time.Time
 	QueueBytes   int64
 	SlotLag      int64
+	LogRows      int64 // about
 	SlotStatus   string
 	Stopped      map[string]string // collections, and why
 }

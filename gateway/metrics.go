@@ -58,6 +58,7 @@ func newMetrics(g *Gateway) *metrics {
 		return 0
 	}))
 	gauge("walgate_slot_lag_bytes", "WAL that the slot holds back on the source's disk.", status(func(s SourceStatus) float64 { return float64(s.SlotLag) }))
+	gauge("sync_oplog_size", "Rows of the change log, about.", status(func(s SourceStatus) float64 { return float64(s.LogRows) }))
 	gauge("walgate_append_lag_bytes", "WAL received but not yet durable in the change log.", status(func(s SourceStatus) float64 {
 		return float64(max(int64(s.Received)-int64(s.Logged), 0))
 	}))

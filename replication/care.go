@@ -84,6 +84,9 @@ func (l *Leader) checkSlot(ctx context.Context) error {
 		return fmt.Errorf("read the state of slot %s: %w", l.o.Slot, err)
 	}
 	l.o.Stats.setSlot(h)
+	if n, err := l.o.Log.EstimatedRows(ctx); err == nil { // else the next check says so
+		l.o.Stats.LogRows.Store(n)
+	}
 	if l.o.MaxSlotLag > 0 && h.LagBytes > l.o.MaxSlotLag/2 {
 		l.o.Logger.Warn("the slot holds back much WAL on the source's disk; find the transaction that is open too long or why the log is slow",
 			"slot", l.o.Slot, "lag_bytes", h.LagBytes, "limit_bytes", l.o.MaxSlotLag, "safe_bytes", h.SafeBytes, "wal_status", h.Status)

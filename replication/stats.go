@@ -21,6 +21,7 @@ type Stats struct {
 	CommitNanos  atomic.Int64  // commit time of the newest logged transaction, Unix ns
 	WireNanos    atomic.Int64  // when anything was last received, Unix ns
 	QueueBytes   atomic.Int64
+	LogRows      atomic.Int64 // about how many rows the log holds
 
 	mu      sync.Mutex
 	leading bool
