@@ -11,9 +11,9 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Reasons of a new history that matter to what follows.
+// FirstStart is Claimed.NewHistory where there never was a log.
 const (
-	firstStart = "first start"
+	FirstStart = "first start"
 	logLost    = "the change log was lost"
 )
 
@@ -92,7 +92,7 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 		&s.source.System, &s.source.Timeline, &s.storage.System, &s.storage.Timeline, &s.serverTime)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		out.NewHistory = firstStart
+		out.NewHistory = FirstStart
 		if c.LogExisted {
 			out.NewHistory = logLost
 		}
@@ -111,7 +111,7 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 		out.History = newHistory(s.history)
 		out.Version = firstVersion(s.version, c.SourceTime, s.serverTime, out.NewHistory == logLost)
 		out.LSN = c.SlotLSN
-		if floor = out.Version; out.NewHistory == firstStart {
+		if floor = out.Version; out.NewHistory == FirstStart {
 			floor = 0 // nothing was ever issued before
 		}
 	}
@@ -177,7 +177,7 @@ func claimCollections(ctx context.Context, tx pgx.Tx, c Claim, floor Version, ou
 			reason = "from the beginning"
 		case old == nil:
 			f, reason = raised, "new collection"
-		case out.NewHistory != "" && want.Empty && out.NewHistory == firstStart:
+		case out.NewHistory != "" && want.Empty && out.NewHistory == FirstStart:
 			reason = "from the beginning"
 		case out.NewHistory != "":
 			f, reason = raised, "new history: "+out.NewHistory
@@ -214,7 +214,7 @@ func claimCollections(ctx context.Context, tx pgx.Tx, c Claim, floor Version, ou
 }
 
 // missed says whether a new history may have lost changes of a table that is empty now.
-func missed(newHistory string) bool { return newHistory != "" && newHistory != firstStart }
+func missed(newHistory string) bool { return newHistory != "" && newHistory != FirstStart }
 
 func findCollection(cs []Collection, name string) *Collection {
 	for i := range cs {

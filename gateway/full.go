@@ -7,7 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"time"
 
@@ -103,6 +105,9 @@ func (g *Gateway) full(c *fiber.Ctx) error {
 	feed, err := g.feedFor(identityOf(c), r.collections)
 	if err != nil {
 		return err
+	}
+	if stopped := g.o.SourceStatus().Stopped; len(r.collections) == 0 && len(stopped) > 0 { // "replace" would drop its documents
+		return NewProblem(CollectionUnavailable, "a collection is stopped (%s): name the others in collections", strings.Join(slices.Sorted(maps.Keys(stopped)), ", "))
 	}
 	if len(feed.collections) == 0 {
 		return &Problem{Code: Forbidden, Detail: "the token's roles may read no collection"}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -168,6 +169,11 @@ func (g *Gateway) reconnectAfter() time.Duration {
 // feedFor makes the caller's view of the collections that it names.
 func (g *Gateway) feedFor(id *Identity, names []string) (*feed, error) {
 	set := g.o.Policies()
+	for name := range g.o.SourceStatus().Stopped { // its policy doesn't compile, so the set doesn't have it
+		if slices.Contains(names, name) {
+			return nil, NewProblem(CollectionUnavailable, "collection %s is stopped", name)
+		}
+	}
 	caller, err := set.NewCaller(id.Subject, id.Roles, id.Claims)
 	if errors.Is(err, policies.ErrTooManyScopes) {
 		return nil, NewProblem(TooManyScopes, "the token's claims select more than %d scopes", changelog.MaxScopes)

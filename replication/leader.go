@@ -120,7 +120,11 @@ func closeConn(conn *pgconn.PgConn) {
 
 func (l *Leader) report(c *changelog.Claimed) {
 	log := l.o.Logger.With("slot", l.o.Slot, "history", c.History, "lsn", c.LSN.String(), "epoch", c.Epoch)
-	if c.NewHistory != "" {
+	switch c.NewHistory {
+	case "":
+	case changelog.FirstStart:
+		log.Info("the change log begins")
+	default:
 		log.Warn("a new history begins; clients will resynchronise", "reason", c.NewHistory)
 	}
 	for _, r := range c.Raised {
