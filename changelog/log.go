@@ -31,6 +31,9 @@ func Open(ctx context.Context, url string, maxConns int) (*Log, error) {
 	}
 	cfg.MaxConns = int32(maxConns)
 	cfg.ConnConfig.RuntimeParams["application_name"] = "walgate"
+	for _, name := range []string{"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"} {
+		cfg.ConnConfig.RuntimeParams[name] = "0" // what a role sets for the application; here a context bounds each call
+	}
 	cfg.AfterConnect = durable
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {

@@ -8,6 +8,12 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
+// durable makes a session's commits wait for the disk at least; stronger settings stay.
+func durable(ctx context.Context, c *pgx.Conn) error {
+	_, err := c.Exec(ctx, `SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') IN ('off', 'local')`)
+	return err
+}
+
 // OpenPool makes a pool of ordinary connections to the source with the settings that the codec needs. Its sessions read
 // past no row-level security without an error, and commit durably whatever the database's default is. It connects once.
 func OpenPool(ctx context.Context, url string, maxConns int) (*pgxpool.Pool, error) {
@@ -28,6 +34,10 @@ func OpenPool(ctx context.Context, url string, maxConns int) (*pgxpool.Pool, err
 		params[s.Name] = s.Value
 	}
 	params["client_encoding"] = ClientEncoding(encoding)
+	for _, name := range []string{"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"} {
+		params[name] = "0" // what a role sets for the application; here a context bounds each call
+	}
+	cfg.AfterConnect = durable
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("source: %w", err)
