@@ -169,6 +169,9 @@ func claimCollections(ctx context.Context, tx pgx.Tx, c Claim, floor Version, ou
 		return err
 	}
 	raised := out.Version
+	if out.NewHistory == "" {
+		raised++ // else who has everything up to here would not be told
+	}
 	for _, want := range c.Collections {
 		f, reason := Version(0), ""
 		old := findCollection(have, want.Name)
@@ -203,6 +206,10 @@ func claimCollections(ctx context.Context, tx pgx.Tx, c Claim, floor Version, ou
 			return err
 		}
 		out.Collections = append(out.Collections, st)
+		out.Version = max(out.Version, st.Floor)
+	}
+	if _, err := tx.Exec(ctx, `UPDATE walgate.checkpoint SET version = $1 WHERE version < $1`, int64(out.Version)); err != nil {
+		return err
 	}
 	// A collection that is configured no longer isn't logged any more: coming back, it must start anew.
 	names := make([]string, 0, len(c.Collections))

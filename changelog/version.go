@@ -16,7 +16,7 @@ const (
 	// epochMillis is 2020-01-01T00:00:00Z in Unix milliseconds.
 	epochMillis = 1577836800000
 	// maxVersion is the last version that has a text form (year 9999).
-	maxVersion = Version((253402300799999 - epochMillis) << counterBits)
+	maxVersion = Version((253402300800000-epochMillis)<<counterBits - 1)
 	timeLayout = "20060102T150405.000Z"
 	// versionTextLen is the length of a version's text with its history.
 	versionTextLen = len(timeLayout) + 1 + 4 + 1 + 4
