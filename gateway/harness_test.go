@@ -381,8 +381,13 @@ func (e *env) pullAll(t testing.TB, token, since string, params ...string) (chan
 func (e *env) here(t testing.TB, token string) string {
 	t.Helper()
 	e.sync(t)
-	_, last := e.pullAll(t, token, "0", "limit", "1000")
-	return last
+	id, err := e.g.auth.Verify(t.Context(), token)
+	ok(t, err)
+	f, err := e.g.feedFor(id, nil)
+	ok(t, err)
+	h, err := e.log.Head(t.Context())
+	ok(t, err)
+	return f.cursor(h.Version, h.History)
 }
 
 func query(params ...string) string {

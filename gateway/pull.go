@@ -31,7 +31,7 @@ type pullRequest struct {
 }
 
 func parsePull(c *fiber.Ctx) (r pullRequest, err error) {
-	if err := knownParameters(c, "since", "until", "collections", "limit", "wait", "client_id", "token"); err != nil {
+	if err := knownParameters(c, "since", "until", "collections", "limit", "wait", "client_id"); err != nil {
 		return r, err
 	}
 	if r.since, err = changelog.ParseCursor(c.Query("since", "-")); err != nil {
