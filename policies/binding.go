@@ -87,7 +87,8 @@ func (l *layout) find(column int) int {
 
 func (b *Binding) bindDocument(l layout) error {
 	c, separator, unknown := b.Collection, byte('{'), ""
-	for i, col := range b.columns {
+	for _, i := range documentOrder(c.Table, b.columns) {
+		col := b.columns[i]
 		known := c.Table.Column(col.Name)
 		if known < 0 {
 			unknown = col.Name
@@ -109,6 +110,21 @@ func (b *Binding) bindDocument(l layout) error {
 		}
 	}
 	return nil
+}
+
+// documentOrder lists the layout's columns in the table's order, which that of a partition may not be; those that the table
+// doesn't have come last.
+func documentOrder(table *schema.Table, cols []schema.Column) []int {
+	order := make([]int, len(cols))
+	place := make([]int, len(cols))
+	for i := range cols {
+		order[i] = i
+		if place[i] = table.Column(cols[i].Name); place[i] < 0 {
+			place[i] = len(table.Columns)
+		}
+	}
+	slices.SortStableFunc(order, func(a, b int) int { return place[a] - place[b] })
+	return order
 }
 
 // AppendDocID appends the document's id: the key column's text or, of several, the JSON array of their texts.
@@ -133,7 +149,7 @@ func (b *Binding) AppendDocID(dst []byte, row schema.Row) ([]byte, error) {
 }
 
 // AppendDocument appends the row's document: a JSON object of all columns of the layout but excluded and generated
-// ones, in its order. With an error, dst is returned as it was.
+// ones, in the table's order. With an error, dst is returned as it was.
 func (b *Binding) AppendDocument(dst []byte, row schema.Row) ([]byte, error) {
 	if err := b.check(row); err != nil {
 		return dst, err
