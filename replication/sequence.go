@@ -52,7 +52,13 @@ type sequencer struct {
 	scratch  []byte
 	docID    []byte
 	effects  []policies.Effect
-	deleted  map[string]deletedRow // documents deleted in this piece of the transaction
+	deleted  map[deletedKey]deletedRow // documents deleted in this piece of the transaction
+}
+
+// deletedKey names a document: ids are the same in many collections. A row is understood by its target's binding only.
+type deletedKey struct {
+	target *target
+	docID  string
 }
 
 // deletedRow remembers a deleted row for as long as an insert of the same document would make both one upsert.
@@ -192,12 +198,12 @@ func (s *sequencer) emit(t *target, old, now schema.Row, changed []byte) error {
 		return err
 	}
 	if old == nil {
-		if d, ok := s.deleted[string(id)]; ok && d.row != nil { // delete + insert in one transaction is one upsert
+		if d, ok := s.deleted[deletedKey{t, string(id)}]; ok && d.row != nil { // delete + insert in one transaction is one upsert
 			old = d.row
 			for i := d.from; i < d.to; i++ {
 				s.piece.Entries[i].Op = 0
 			}
-			delete(s.deleted, string(id))
+			delete(s.deleted, deletedKey{t, string(id)})
 		}
 	}
 	effects, policyErr := t.binding.Route(s.effects[:0], old, now)
@@ -213,7 +219,7 @@ func (s *sequencer) emit(t *target, old, now schema.Row, changed []byte) error {
 		return err
 	}
 	if now == nil {
-		s.remember(id, old, from)
+		s.remember(t, id, old, from)
 	}
 	if s.piece.Size >= pieceBytes || len(s.piece.Entries) >= pieceEntries {
 		return s.flush()
@@ -267,9 +273,9 @@ func (s *sequencer) guard(t *target, old, now schema.Row) []byte {
 }
 
 // remember keeps a deleted row until the piece is handed over.
-func (s *sequencer) remember(id []byte, row schema.Row, from int) {
+func (s *sequencer) remember(t *target, id []byte, row schema.Row, from int) {
 	if s.deleted == nil {
-		s.deleted = map[string]deletedRow{}
+		s.deleted = map[deletedKey]deletedRow{}
 	}
 	held := make(schema.Row, len(row))
 	for i, v := range row {
@@ -278,7 +284,7 @@ func (s *sequencer) remember(id []byte, row schema.Row, from int) {
 			s.piece.Size += len(v)
 		}
 	}
-	s.deleted[string(id)] = deletedRow{row: held, from: from, to: len(s.piece.Entries)}
+	s.deleted[deletedKey{t, string(id)}] = deletedRow{row: held, from: from, to: len(s.piece.Entries)}
 }
 
 // hold copies b into memory that lives as long as the piece.
