@@ -22,6 +22,7 @@ const (
 	snapshotAttempts = 4
 	fetchBytes       = 512 << 10 // what one FETCH should bring
 	fetchMost        = 2000
+	firstFetch       = 16 // rows, while their size isn't known
 )
 
 // export reads a caller's rows from the source's tables, chunk by chunk.
@@ -41,6 +42,7 @@ type export struct {
 	first   *snapshot         // of the first chunk, until its rows are read
 	beyond  changelog.Version // not 0: some snapshot may show more than L
 	fetched int               // rows of this chunk
+	ended   bool              // the next row doesn't fit into this chunk
 }
 
 // snapshot is a short read-only transaction that holds the collection's table against changes of its shape.
@@ -142,7 +144,7 @@ func (x *export) done() bool {
 
 // fill adds the next chunk to buf: tombstones first, then documents, until a limit is reached or all is read.
 func (x *export) fill(ctx context.Context) error {
-	x.fetched = 0
+	x.fetched, x.ended = 0, false
 	defer func() {
 		x.first.close(ctx)
 		x.first = nil
@@ -165,7 +167,7 @@ func (x *export) fill(ctx context.Context) error {
 	return nil
 }
 
-func (x *export) full() bool { return x.fetched >= x.rows || len(x.buf) >= x.bytes }
+func (x *export) full() bool { return x.ended || x.fetched >= x.rows || len(x.buf) >= x.bytes }
 
 // tombstones adds what was deleted for the caller between its since and L.
 func (x *export) tombstones(ctx context.Context) error {
@@ -339,6 +341,10 @@ func (s *snapshot) read(ctx context.Context, x *export, c *policies.Collection) 
 	}
 	pg := s.conn.Conn().PgConn()
 	if res := pg.ExecParams(ctx, "DECLARE walgate_rows NO SCROLL CURSOR FOR "+sql, params, oids, nil, nil).Read(); res.Err != nil {
+		var pg *pgconn.PgError
+		if x.cur.Key != nil && errors.As(res.Err, &pg) && strings.HasPrefix(pg.Code, "22") { // the key is no value of its column
+			return false, (&Problem{Code: InvalidCursor, Detail: "send X-Sync-Cursor as it was received"}).Because(res.Err)
+		}
 		return false, fmt.Errorf("read %s: %w", c.Table, res.Err)
 	}
 	size, had := 0, 0
@@ -347,49 +353,58 @@ func (s *snapshot) read(ctx context.Context, x *export, c *policies.Collection) 
 		if had > 0 {
 			n = min(n, max(1, fetchBytes*had/max(1, size)))
 		} else {
-			n = min(n, 50)
+			n = min(n, firstFetch)
 		}
 		rows, bytes, err := s.fetch(ctx, pg, x, c, b, n, keyAt)
 		if err != nil {
 			return false, err
 		}
 		had, size = had+rows, size+bytes
-		if rows < n {
+		if rows < n && !x.ended {
 			return true, nil
 		}
 	}
 	return false, nil
 }
 
-// fetch reads n rows and returns how many there were and their size.
+// fetch reads n rows and returns how many there were and their size. It keeps those that fit into the chunk; what comes
+// behind them is read again with the next one.
 func (s *snapshot) fetch(ctx context.Context, pg *pgconn.PgConn, x *export, c *policies.Collection, b *policies.Binding, n int, keyAt []int) (rows, bytes int, err error) {
 	rr := pg.ExecParams(ctx, "FETCH "+strconv.Itoa(n)+" FROM walgate_rows", nil, nil, nil, nil)
 	var failed error
-	key := make([]string, len(keyAt))
+	kept, key := 0, make([][]byte, len(keyAt))
 	for rr.NextRow() {
 		row := schema.Row(rr.Values())
 		rows++
 		for _, v := range row {
 			bytes += len(v)
 		}
-		if failed != nil {
+		if failed != nil || x.ended {
 			continue
 		}
-		failed = x.appendRow(c, b, row)
-		if rows == n {
-			for i, at := range keyAt {
-				key[i] = string(row[at])
-			}
-			x.cur.Key = key
+		if failed = x.appendRow(c, b, row); failed != nil || x.ended {
+			continue
+		}
+		kept++
+		for i, at := range keyAt {
+			key[i] = append(key[i][:0], row[at]...)
 		}
 	}
 	if _, err := rr.Close(); err != nil {
 		return rows, bytes, fmt.Errorf("read %s: %w", c.Table, err)
 	}
-	x.fetched += rows
+	if kept > 0 {
+		x.cur.Key = make([]string, len(key))
+		for i, k := range key {
+			x.cur.Key[i] = string(k)
+		}
+	}
+	x.fetched += kept
 	return rows, bytes, failed
 }
 
+// appendRow appends the document of a row that the caller may see. One that exceeds the chunk's bytes ends it, unless it
+// is the first.
 func (x *export) appendRow(c *policies.Collection, b *policies.Binding, row schema.Row) error {
 	sees, err := b.Sees(row, x.feed.caller)
 	if err != nil {
@@ -411,6 +426,10 @@ func (x *export) appendRow(c *policies.Collection, b *policies.Binding, row sche
 		return err
 	}
 	x.buf = append(x.buf, "}\n"...)
+	if len(x.buf) > x.bytes && from > 0 {
+		x.buf, x.ended = x.buf[:from], true
+		return nil
+	}
 	x.count++
 	return nil
 }

@@ -19,6 +19,7 @@ import (
 
 	ws "github.com/fasthttp/websocket"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"go.uber.org/goleak"
 
 	"github.com/walgate/walgate/changelog"
 	"github.com/walgate/walgate/internal/pgserver"
@@ -27,7 +28,12 @@ import (
 	"github.com/walgate/walgate/schema"
 )
 
-func TestMain(m *testing.M) { os.Exit(pgserver.Main(m)) }
+func TestMain(m *testing.M) {
+	os.Exit(pgserver.Main(m,
+		// The HTTP library's own: one sleeps up to 10 s before it sees that its server has stopped, the other never ends.
+		goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.(*workerPool).Start.func2"),
+		goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.updateServerDate.func1")))
+}
 
 // patience bounds every wait of these tests; a test that reaches it has failed.
 const patience = 30 * time.Second
