@@ -181,6 +181,11 @@ func (g *Gateway) feedFor(id *Identity, names []string) (*feed, error) {
 	if err != nil {
 		return nil, err
 	}
+	for _, name := range names {
+		if set.ByName(name) == nil && g.o.SourceStatus().Stopped[name] != "" { // configured, and left out of the set meanwhile
+			return nil, NewProblem(CollectionUnavailable, "collection %s is stopped", name)
+		}
+	}
 	return newFeed(set, caller, names)
 }
 

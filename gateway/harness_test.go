@@ -130,7 +130,7 @@ func newEnv(t testing.TB, s setup) *env {
 		Policies: func() *policies.Set { return watcher.Current().Set },
 		SourceStatus: func() SourceStatus {
 			leading, failure, _ := stats.State()
-			return SourceStatus{Leading: leading, Err: failure, Logged: changelog.LSN(stats.Logged.Load())}
+			return SourceStatus{Leading: leading, Err: failure, Logged: changelog.LSN(stats.Logged.Load()), Stopped: watcher.Current().Stopped}
 		},
 		Fence:     func(ctx context.Context) (changelog.LSN, error) { return replication.Fence(ctx, source) },
 		PublicURL: "http://sync.example", FrameLimit: 64 << 10, RequestsPerSecond: 100000, Burst: 100000, StreamConnections: 1000,

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/gofiber/fiber/v2"
+	"github.com/gofiber/fiber/v2/utils"
 )
 
 // problemTypeBase is what a code is appended to for the member type: the place where the code is explained.
@@ -160,6 +161,9 @@ func retryAfterSeconds(d time.Duration) int {
 // problemHandler answers errors as writeProblem does, and logs those that are the server's fault.
 func problemHandler(log *slog.Logger) fiber.ErrorHandler {
 	return func(c *fiber.Ctx, err error) error {
+		if requestID(c) == "" { // the framework refused the request before the middleware saw it
+			c.Set(fiber.HeaderXRequestID, utils.UUIDv4())
+		}
 		p := asProblem(err)
 		if p.Code.Wire().Status >= 500 || p.Code.Wire().Status == 0 {
 			log.ErrorContext(c.UserContext(), "request failed", "method", c.Method(), "path", c.Path(),

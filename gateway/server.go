@@ -38,7 +38,6 @@ func (g *Gateway) routes() *fiber.App {
 	sync.Get("/full", g.authenticated, g.full)
 	sync.Get("/stream", g.upgrade, websocket.New(g.stream, websocket.Config{
 		HandshakeTimeout: 10 * time.Second, ReadBufferSize: 1024, WriteBufferSize: 1024, RecoverHandler: g.recoverStream}))
-	app.Use(func(*fiber.Ctx) error { return &Problem{Code: NotFound, Detail: "no such address; see /openapi.json"} })
 	return app
 }
 
