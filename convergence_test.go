@@ -31,7 +31,7 @@ const (
 	convergenceSeedsEnv = "WALGATE_TEST_SEEDS" // run so many seeds
 	convergenceSeeds    = 2
 	convergenceRounds   = 3
-	convergenceRound    = 4 * time.Second
+	convergenceRound    = 3 * time.Second
 	convergenceWriters  = 4
 	convergenceLimit    = 30 * time.Second // for clients to hold what SELECT returns, once writes have stopped
 	convergenceSecret   = "0123456789abcdef0123456789abcdef"
@@ -102,14 +102,16 @@ func converge(t *testing.T, seed uint64) {
 	v.dsn = v.server.Database(t)
 	v.begin(t)
 	for round := range convergenceRounds {
+		began := time.Now()
 		v.run(uint64(round))
+		ran := time.Now()
+		if !t.Failed() {
+			v.settle(round)
+		}
 		if t.Failed() {
 			return
 		}
-		v.settle(round)
-		if t.Failed() {
-			return
-		}
+		t.Logf("round %d ran %s and settled in %s", round, ran.Sub(began).Round(time.Millisecond), time.Since(ran).Round(time.Millisecond))
 	}
 	counts := map[string]int{}
 	for _, c := range v.clients {

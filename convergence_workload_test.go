@@ -54,7 +54,7 @@ func (w *writer) step(ctx context.Context) error {
 	if w.ddl {
 		return w.alter(ctx)
 	}
-	if w.rng.IntN(250) == 0 {
+	if w.rng.IntN(1200) == 0 {
 		return w.large(ctx)
 	}
 	return w.transaction(ctx)
