@@ -32,23 +32,23 @@ const MaxScopes = 1000
 const entryColumns = `version, tx, scope, collection, op, size, doc_id, data, guard, changed`
 
 // pageSQL merges the scopes' index ranges: it reads at most limit entries of each scope, however long the log is, and
-// fetches no document beyond the byte limit.
+// fetches no document beyond the byte limit, but every entry of the version that reaches it: a version isn't split.
 const pageSQL = `SELECT ` + entryColumns + ` FROM (
-	SELECT e.*, sum(size) OVER (ORDER BY version, scope ROWS UNBOUNDED PRECEDING) AS total FROM (
+	SELECT e.*, coalesce(sum(size) OVER (ORDER BY version RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before FROM (
 		SELECT x.* FROM unnest($1::uuid[]) AS s(key) CROSS JOIN LATERAL (
 			SELECT ` + entryColumns + ` FROM walgate.changes c
 			WHERE c.scope = s.key AND c.version > $2 AND c.version <= least((SELECT version FROM walgate.checkpoint), $3)
 			ORDER BY c.version LIMIT $4) x
 		ORDER BY x.version, x.scope LIMIT $4) e) p
-	WHERE total - size < $5 ORDER BY version, scope`
+	WHERE before < $5 ORDER BY version, scope`
 
 // orderSQL reads every scope in version order.
 const orderSQL = `SELECT ` + entryColumns + ` FROM (
-	SELECT e.*, sum(size) OVER (ORDER BY version, scope ROWS UNBOUNDED PRECEDING) AS total FROM (
+	SELECT e.*, coalesce(sum(size) OVER (ORDER BY version RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before FROM (
 		SELECT ` + entryColumns + ` FROM walgate.changes c
 		WHERE c.version > $1 AND c.version <= least((SELECT version FROM walgate.checkpoint), $2)
 		ORDER BY c.version, c.scope LIMIT $3) e) p
-	WHERE total - size < $4 ORDER BY version, scope`
+	WHERE before < $4 ORDER BY version, scope`
 
 // Read returns one page of a caller's changes. It costs what it returns: what others wrote isn't touched. The caller
 // checks history and floors against Page.Head. Entries hold their own memory.
@@ -98,7 +98,7 @@ func (l *Log) page(ctx context.Context, r Request, query func(*pgx.Batch, int) *
 			return p, nil
 		}
 		// All of one version (one change in many scopes), or one giant document alone: look further to know where it ends.
-		if heavy && singleVersion(p.Entries) {
+		if heavy && !full && singleVersion(p.Entries) {
 			return p, l.endsTransaction(ctx, r, p)
 		}
 		limit *= 2
