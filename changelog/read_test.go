@@ -178,7 +178,7 @@ func TestReadCostsWhatItReturns(t *testing.T) {
 			`VACUUM ANALYZE walgate.changes`)
 		others += grow
 		plan, buffers := explain(t, dsn, args...)
-		if grow > 0 && !strings.Contains(plan, "scope_version_idx" {
+		if grow > 0 && !strings.Contains(plan, "scope_version_idx") {
 			t.Errorf("with %d rows of others the plan is %s", others, plan)
 		}
 		touched = append(touched, buffers)
