@@ -190,21 +190,33 @@ func jsonFault(err error) string {
 	return "unreadable"
 }
 
-// run writes until the session ends.
+// run writes until the session ends. It waits for the reader: the framework gives the connection's buffers to another
+// connection once the stream's handler has returned.
 func (s *session) run(ctx context.Context, cancel context.CancelFunc) error {
-	reading := make(chan error, 1)
-	go func() { reading <- s.readLoop(ctx) }()
-	err := s.write(ctx, reading)
-	cancel()
-	s.conn.SetReadDeadline(time.Unix(1, 0)) // ends the reader
-	return err
+	reading, readerEnded := make(chan error, 1), make(chan struct{})
+	go func() {
+		defer close(readerEnded)
+		reading <- s.readLoop(ctx)
+	}()
+	defer func() {
+		cancel()
+		s.conn.SetReadDeadline(time.Unix(1, 0)) // after cancel: who sets a later one then looks at ctx
+		<-readerEnded
+	}()
+	return s.write(ctx, reading)
 }
 
 // readLoop reads renewals until the connection ends or a frame is wrong.
 func (s *session) readLoop(ctx context.Context) error {
-	s.conn.SetPongHandler(func(string) error { return s.conn.SetReadDeadline(time.Now().Add(3 * s.g.limits.ping)) })
-	for {
+	wait := func(string) error {
 		s.conn.SetReadDeadline(time.Now().Add(3 * s.g.limits.ping))
+		return ctx.Err() // last: run cancels before it sets its own deadline
+	}
+	s.conn.SetPongHandler(wait)
+	for {
+		if err := wait(""); err != nil {
+			return err
+		}
 		f, err := s.read()
 		if err != nil {
 			return err
