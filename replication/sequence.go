@@ -53,6 +53,7 @@ type sequencer struct {
 	docID    []byte
 	effects  []policies.Effect
 	deleted  map[deletedKey]deletedRow // documents deleted in this piece of the transaction
+	dead     bool                      // the piece has entries that an insert replaced: their Op is 0
 }
 
 // deletedKey names a document: ids are the same in many collections. A row is understood by its target's binding only.
@@ -72,7 +73,7 @@ func (s *sequencer) begin(m *message) {
 	s.skipping = m.begins < s.logged // its commit record lies before, so it ends at or before
 	s.millis = m.commit.UnixMilli()
 	s.xid = s.widen.widen(m.xid)
-	s.piece = changelog.Piece{}
+	s.piece, s.dead = changelog.Piece{}, false
 	clear(s.deleted)
 }
 
@@ -89,10 +90,10 @@ func (s *sequencer) commit(m *message) (logged bool, err error) {
 // flush hands the piece over.
 func (s *sequencer) flush() error {
 	p := &s.piece
-	if len(s.deleted) > 0 {
-		p.Entries = dropDead(p.Entries)
-		clear(s.deleted)
+	if s.dead {
+		p.Entries, s.dead = dropDead(p.Entries), false
 	}
+	clear(s.deleted)
 	p.Tx, p.Xid, p.Version = s.tx, s.xid, s.clock.Last()
 	out := *p
 	s.piece = changelog.Piece{}
@@ -201,7 +202,7 @@ func (s *sequencer) emit(t *target, old, now schema.Row, changed []byte) error {
 		if d, ok := s.deleted[deletedKey{t, string(id)}]; ok && d.row != nil { // delete + insert in one transaction is one upsert
 			old = d.row
 			for i := d.from; i < d.to; i++ {
-				s.piece.Entries[i].Op = 0
+				s.piece.Entries[i].Op, s.dead = 0, true
 			}
 			delete(s.deleted, deletedKey{t, string(id)})
 		}
