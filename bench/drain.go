@@ -1,0 +1,124 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pglogrepl"
+)
+
+// owners of the rows that are drained: each row goes to one of so many scopes.
+const owners = 1000
+
+func runDrain(ctx context.Context, b *bench) ([]result, error) {
+	return drain(ctx, b, b.rows, "rows", func(d *database) error { return d.load(ctx, b.rows, owners) })
+}
+
+// runUpdates makes the transactions within the server, which is the fastest way to get so many small ones.
+func runUpdates(ctx context.Context, b *bench) ([]result, error) {
+	n := b.rows / 5
+	return drain(ctx, b, n, "one-row transactions", func(d *database) error {
+		if err := d.load(ctx, n, owners); err != nil {
+			return err
+		}
+		if err := d.skip(ctx); err != nil {
+			return err
+		}
+		for _, statement := range []string{"SET synchronous_commit = off", updateEach, "RESET synchronous_commit"} {
+			if _, err := d.Exec(ctx, statement); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// updateEach updates each row in a transaction of its own.
+const updateEach = `DO $$
+	DECLARE ids uuid[] := ARRAY(SELECT id FROM items);
+	BEGIN
+		FOR i IN 1 .. cardinality(ids) LOOP
+			UPDATE items SET done = NOT done, updated_at = clock_timestamp() WHERE id = ids[i];
+			COMMIT;
+		END LOOP;
+	END $$`
+
+func runLarge(ctx context.Context, b *bench) ([]result, error) {
+	return drain(ctx, b, b.rows, "rows", func(d *database) error {
+		_, err := d.Exec(ctx, fmt.Sprintf(rowsSQL, owners, 0, b.rows-1))
+		return err
+	})
+}
+
+// skip moves both slots past what was written so far.
+func (d *database) skip(ctx context.Context) error {
+	for _, slot := range []string{d.name, d.bareSlot()} {
+		if _, err := d.Exec(ctx, "SELECT pg_replication_slot_advance($1, pg_current_wal_lsn())", slot); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// drain writes a backlog while nobody reads, then lets first the bare pipe and then walgate read it. Neither meets the
+// WAL of its own log on the way: it lies behind the backlog.
+func drain(ctx context.Context, b *bench, count int, unit string, write func(*database) error) (results []result, err error) {
+	d, err := b.newDatabase(ctx, scoped)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, d.drop(ctx)) }()
+	if err := write(d); err != nil {
+		return nil, err
+	}
+	target, err := d.mark(ctx)
+	if err != nil {
+		return nil, err
+	}
+	bare, err := d.drainBare(ctx, target, count)
+	if err != nil {
+		return nil, err
+	}
+	walgate, err := d.drainWalgate(ctx, target)
+	if err != nil {
+		return nil, err
+	}
+	note := fmt.Sprintf("%d %s; walgate's peak %.0f MB", count, unit, d.gateway.peakMemory())
+	return []result{{name: unit + " logged", walgate: float64(count) / walgate.Seconds(), bare: float64(count) / bare.Seconds(), unit: "/s", note: note}}, nil
+}
+
+func (d *database) drainBare(ctx context.Context, target string, count int) (time.Duration, error) {
+	lsn, err := pglogrepl.ParseLSN(target)
+	if err != nil {
+		return 0, err
+	}
+	if err := d.settle(ctx); err != nil {
+		return 0, err
+	}
+	p := &barePipe{dsn: d.dsn, slot: d.bareSlot(), target: lsn, least: bareMost}
+	began := time.Now()
+	if err := p.run(ctx); err != nil {
+		return 0, err
+	}
+	if p.rows != count+1 { // and the mark
+		return 0, fmt.Errorf("the bare reader saw %d rows instead of %d", p.rows, count+1)
+	}
+	return time.Since(began), nil
+}
+
+func (d *database) drainWalgate(ctx context.Context, target string) (time.Duration, error) {
+	if err := d.settle(ctx); err != nil {
+		return 0, err
+	}
+	if err := d.gateway.start(ctx); err != nil {
+		return 0, err
+	}
+	began, err := d.gateway.streamingSince(ctx)
+	if err != nil {
+		return 0, err
+	}
+	ended, err := d.gateway.logged(ctx, target)
+	return ended.Sub(began), err
+}
