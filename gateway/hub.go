@@ -83,8 +83,8 @@ func (h *hub) apply(b *changelog.Batch) bool {
 	if b.Omitted || !h.knowsLocked(b.Entries) {
 		return false
 	}
+	h.raiseLocked(b.Raises) // first: a checkpoint above a new floor would let a client go on that must resynchronise
 	h.deliverLocked(b.Entries, true)
-	h.raiseLocked(b.Raises)
 	h.head.Version = b.Last
 	h.passLocked(b.LSN)
 	return true
