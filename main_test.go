@@ -4,7 +4,14 @@ import (
 	"os"
 	"testing"
 
+	"go.uber.org/goleak"
+
 	"github.com/walgate/walgate/internal/pgserver"
 )
 
-func TestMain(m *testing.M) { os.Exit(pgserver.Main(m)) }
+// TestMain overlooks what the HTTP server's library never ends.
+func TestMain(m *testing.M) {
+	os.Exit(pgserver.Main(m,
+		goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.(*workerPool).Start.func2"),
+		goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.updateServerDate.func1")))
+}
