@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/gofiber/fiber/v2"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/walgate/walgate/changelog"
 )
@@ -25,6 +26,8 @@ const (
 	chunkBytes   = 4 << 20
 	streamWrite  = 30 * time.Second // how long a client of limit=all may stand still
 	fullTimeMost = 2 * time.Hour
+	// fullAdmission is how long a request waits for its turn before it is sent away: a page's turn comes in milliseconds.
+	fullAdmission = 2 * time.Second
 )
 
 // fullCursor is what X-Sync-Cursor holds. It grants nothing: the policy is applied anew on every page.
@@ -112,7 +115,10 @@ func (g *Gateway) full(c *fiber.Ctx) error {
 	if len(feed.collections) == 0 {
 		return &Problem{Code: Forbidden, Detail: "the token's roles may read no collection"}
 	}
-	if !g.fulls.TryAcquire(1) { // after a new history everybody comes at once
+	waiting, stopWaiting := context.WithTimeout(g.serving, fullAdmission)
+	err = g.fulls.Acquire(waiting, 1)
+	stopWaiting()
+	if err != nil { // after a new history everybody comes at once
 		return &Problem{Code: RateLimited, Detail: "as many full resyncs are running as this instance allows", RetryAfter: time.Second + rand.N(9*time.Second)}
 	}
 	release := func() { g.fulls.Release(1) }
@@ -177,15 +183,45 @@ func (g *Gateway) fullAll(c *fiber.Ctx, f *feed, r fullRequest, enc encoding, re
 	return nil
 }
 
+// streamAll writes chunk after chunk. While one is compressed and sent, the next is read, so that the source and the
+// client don't wait for each other in turn; at most two chunks are held.
 func (x *export) streamAll(ctx context.Context, w *bufio.Writer, enc encoding, alive func()) error {
-	out := enc.writer(w)
-	for {
-		x.buf = x.buf[:0]
+	chunks, spare := make(chan []byte), make(chan []byte, 2)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return x.readAll(ctx, chunks, spare) })
+	g.Go(func() error {
+		out := enc.writer(w)
+		for {
+			var b []byte
+			var more bool
+			select {
+			case b, more = <-chunks:
+			case <-ctx.Done(): // reading failed: without its end, a client sees that the answer was cut short
+				return ctx.Err()
+			}
+			if !more {
+				return errors.Join(out.Close(), w.Flush())
+			}
+			alive()
+			if _, err := out.Write(b); err != nil {
+				return err
+			}
+			if err := errors.Join(out.Flush(), w.Flush()); err != nil {
+				return err
+			}
+			spare <- b
+		}
+	})
+	return g.Wait()
+}
+
+// readAll hands over every chunk, the end line with the last one, and closes chunks once it is out.
+func (x *export) readAll(ctx context.Context, chunks chan<- []byte, spare <-chan []byte) error {
+	for last := false; !last; {
 		if err := x.fill(ctx); err != nil {
 			return err
 		}
-		last := x.done()
-		if last {
+		if last = x.done(); last {
 			settles, err := x.settle(ctx)
 			if err != nil {
 				return err
@@ -196,23 +232,20 @@ func (x *export) streamAll(ctx context.Context, w *bufio.Writer, enc encoding, a
 			}
 			x.buf = append(x.buf, "}\n"...)
 		}
-		alive()
-		if _, err := out.Write(x.buf); err != nil {
-			return err
+		select {
+		case chunks <- x.buf:
+		case <-ctx.Done():
+			return ctx.Err()
 		}
-		if err := out.Flush(); err != nil {
-			return err
-		}
-		if err := w.Flush(); err != nil {
-			return err
-		}
-		if last {
-			if err := out.Close(); err != nil {
-				return err
-			}
-			return w.Flush()
+		select {
+		case b := <-spare:
+			x.buf = b[:0]
+		default:
+			x.buf = nil
 		}
 	}
+	close(chunks)
+	return nil
 }
 
 // headers sets what is the same on every page.

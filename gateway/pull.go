@@ -42,10 +42,12 @@ func parsePull(c *fiber.Ctx) (r pullRequest, err error) {
 		if err != nil {
 			return r, &Problem{Code: InvalidSince, Detail: "until is " + err.Error(), Errors: []FieldError{{"until", err.Error()}}}
 		}
-		if until.Version < r.since.Version || until.History != "" && r.since.History != "" && until.History != r.since.History {
-			return r, &Problem{Code: InvalidSince, Detail: "until lies before since or in another history", Errors: []FieldError{{"until", "before since or of another history"}}}
+		if until.History != "" && r.since.History != "" && until.History != r.since.History {
+			return r, &Problem{Code: InvalidSince, Detail: "until is of another history than since", Errors: []FieldError{{"until", "of another history than since"}}}
 		}
-		r.until = until.Version
+		// A resync's position may lie below an older one (its snapshot missed a commit that was logged already): nothing lies
+		// between them, so the page is empty.
+		r.until = max(until.Version, r.since.Version, 1) // 0 would mean the newest
 	}
 	if r.limit, err = intParameter(c, "limit", pullDefault, 1, pullMost); err != nil {
 		return r, err
