@@ -209,6 +209,9 @@ func TestLostSlotBeginsANewHistory(t *testing.T) {
 			before := s.settle()
 			s.stop()
 			s.exec(`INSERT INTO items VALUES (2)`) // this one is lost to the log
+			s.await("the walsender is gone", func() bool {
+				return !query[bool](s, `SELECT active FROM pg_replication_slots WHERE slot_name = $1`, s.slot)
+			})
 			s.exec(fmt.Sprintf(lose, s.slot))
 			s.start()
 			s.exec(`INSERT INTO items VALUES (3)`)
