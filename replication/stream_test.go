@@ -298,3 +298,19 @@ func TestUndecodableInputStopsWithItsPlace(t *testing.T) {
 		t.Errorf("raised %+v, want a stop that names 0/2B and public.items", r)
 	}
 }
+
+// TestKeepaliveInsideATransactionSaysNothing: its end of WAL may lie beyond the transaction that is being read.
+func TestKeepaliveInsideATransactionSaysNothing(t *testing.T) {
+	t.Parallel()
+	s, _ := bareStream(bareTarget(t))
+	s.seq.begin(&message{kind: msgBegin, commit: time.Now(), begins: 50})
+	if err := s.keepalive(t.Context(), 1000, false); err != nil || s.received != 0 {
+		t.Errorf("within the transaction %s counts as received (%v)", s.received, err)
+	}
+	if err := s.commit(t.Context(), &message{kind: msgCommit, end: 60}); err != nil || s.received != 60 {
+		t.Errorf("after the commit %s counts as received (%v), want 0/3C", s.received, err)
+	}
+	if err := s.keepalive(t.Context(), 1000, false); err != nil || s.received != 1000 {
+		t.Errorf("after a keepalive %s counts as received (%v), want 0/3E8", s.received, err)
+	}
+}
