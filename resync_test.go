@@ -210,7 +210,11 @@ func (g *resyncGateway) full(t *testing.T, query string, r resyncReplica, betwee
 			}
 			path += "&cursor=" + url.QueryEscape(cursor)
 		}
-		a := g.get(t, path)
+		var a resyncAnswer
+		resyncEventually(t, "an answer other than 503", func() bool { // log_behind under load: clients try again.
+			a = g.get(t, path)
+			return a.status != http.StatusServiceUnavailable
+		})
 		if a.status != http.StatusOK {
 			t.Fatalf("page %d: %d %s", page, a.status, a.body)
 		}

@@ -17,9 +17,10 @@ func TestFullShowsNothingThatACrashTakesBack(t *testing.T) {
 	t.Parallel()
 	server := pgserver.StartForTest(t, pgserver.Options{Settings: map[string]string{"wal_writer_delay": "10s", "autovacuum": "off"}})
 	dsn := server.Database(t)
+	resyncExec(t, connect(t, dsn), `DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET synchronous_commit = off', current_database()); END $$`)
 	g := startResyncGateway(t, dsn, resyncItems, resyncItemsPolicy)
 	conn := connect(t, dsn)
-	resyncExec(t, conn, `SET synchronous_commit = off; INSERT INTO items VALUES (1, 1, 'not flushed')`)
+	resyncExec(t, conn, `INSERT INTO items VALUES (1, 1, 'not flushed')`)
 	replica := resyncReplica{}
 	last, _ := g.full(t, "limit=all", replica, nil)
 	if len(replica) != 1 {

@@ -18,7 +18,7 @@ import (
 
 const (
 	resyncWriters = 8
-	resyncRounds  = 6
+	resyncRounds  = 3
 	resyncKeys    = 200 // Few, so that writers meet on the same rows.
 )
 
