@@ -37,7 +37,8 @@ func TestDatabasesAreSeparateAndDropped(t *testing.T) {
 
 func TestForTestSharesOneServer(t *testing.T) {
 	t.Parallel()
-	if ForTest(t) != ForTest(t) {
+	first := ForTest(t)
+	if second := ForTest(t); first != second {
 		t.Error("two calls started two servers")
 	}
 }
