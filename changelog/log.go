@@ -34,6 +34,9 @@ func Open(ctx context.Context, url string, maxConns int) (*Log, error) {
 	for _, name := range []string{"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"} {
 		cfg.ConnConfig.RuntimeParams[name] = "0" // what a role sets for the application; here a context bounds each call
 	}
+	// A page is to cost what it returns. With statistics older than a burst of changes, PostgreSQL takes a caller's rows for
+	// fewer than a page, and a bitmap scan would read all of them to sort out the first.
+	cfg.ConnConfig.RuntimeParams["enable_bitmapscan"] = "off"
 	cfg.AfterConnect = durable
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
