@@ -38,6 +38,7 @@ type barePipe struct {
 	next    *bareBatch
 	done    bool
 
+	began   time.Time
 	columns []column
 	rows    int
 	version uint64
@@ -49,8 +50,11 @@ type column struct {
 	oid uint32
 }
 
-// bareMost bounds a COPY of the bare pipe.
-const bareMost = 5000
+// bareLeast and bareMost are the rows that a COPY of a backlog has: more gain nothing, and reading must not wait for it.
+const (
+	bareLeast = 5000
+	bareMost  = 20_000
+)
 
 var copyHeader = append([]byte("PGCOPY\n\xff\r\n\x00"), 0, 0, 0, 0, 0, 0, 0, 0)
 
@@ -66,6 +70,7 @@ func (p *barePipe) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	p.began = time.Now()
 	config, err := pgconn.ParseConfig(p.dsn)
 	if err != nil {
 		return err

@@ -97,15 +97,14 @@ func (d *database) drainBare(ctx context.Context, target string, count int) (tim
 	if err := d.settle(ctx); err != nil {
 		return 0, err
 	}
-	p := &barePipe{dsn: d.dsn, slot: d.bareSlot(), target: lsn, least: bareMost}
-	began := time.Now()
+	p := &barePipe{dsn: d.dsn, slot: d.bareSlot(), target: lsn, least: bareLeast}
 	if err := p.run(ctx); err != nil {
 		return 0, err
 	}
 	if p.rows != count+1 { // and the mark
 		return 0, fmt.Errorf("the bare reader saw %d rows instead of %d", p.rows, count+1)
 	}
-	return time.Since(began), nil
+	return time.Since(p.began), nil
 }
 
 func (d *database) drainWalgate(ctx context.Context, target string) (time.Duration, error) {
