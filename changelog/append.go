@@ -144,8 +144,12 @@ func writes(pieces []Piece) bool {
 // ensurePartitions makes the partitions that the pieces need, before the log transaction begins where it can.
 func (a *Appender) ensurePartitions(ctx context.Context, pieces []Piece) error {
 	for i := range pieces {
+		versions := []Version{pieces[i].Tx}
 		if n := len(pieces[i].Entries); n > 0 {
-			for _, v := range [...]Version{pieces[i].Tx, pieces[i].Entries[0].Version, pieces[i].Entries[n-1].Version} {
+			versions = append(versions, pieces[i].Entries[0].Version, pieces[i].Entries[n-1].Version)
+		}
+		if pieces[i].Tx != 0 {
+			for _, v := range versions {
 				if err := a.parts.ensure(ctx, a.conn, v); err != nil {
 					return err
 				}

@@ -54,15 +54,25 @@ func listPartitions(ctx context.Context, conn interface {
 	return out, nil
 }
 
-// ensure makes the partitions that hold v. Within an open log transaction they come and go with it.
+// ensure makes the partitions that hold v. They are attached, for making them in place would wait for every reader of the
+// log and keep new ones out meanwhile. Within an open log transaction they come and go with it.
 func (p *partitions) ensure(ctx context.Context, conn *pgx.Conn, v Version) error {
 	lower := partitionOf(v)
 	if p.have[lower] {
 		return nil
 	}
+	var exists bool // made by a leader before or beside this one
+	if err := conn.QueryRow(ctx, `SELECT to_regclass($1) IS NOT NULL`, "walgate."+partitionName("changes", lower)).Scan(&exists); err != nil {
+		return fmt.Errorf("look for the log's partition: %w", err)
+	}
+	if exists {
+		p.have[lower] = true
+		return nil
+	}
 	sql := ""
 	for _, table := range []string{"changes", "transactions"} {
-		sql += fmt.Sprintf(`CREATE TABLE IF NOT EXISTS walgate.%s PARTITION OF walgate.%s FOR VALUES FROM (%d) TO (%d);`,
+		sql += fmt.Sprintf(`CREATE TABLE walgate.%[1]s (LIKE walgate.%[2]s INCLUDING ALL);
+			ALTER TABLE walgate.%[2]s ATTACH PARTITION walgate.%[1]s FOR VALUES FROM (%[3]d) TO (%[4]d);`,
 			partitionName(table, lower), table, lower, lower+partitionSpan)
 	}
 	if _, err := conn.PgConn().Exec(ctx, sql).ReadAll(); err != nil {

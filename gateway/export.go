@@ -176,6 +176,9 @@ func (x *export) tombstones(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if x.feed.check(changelog.Cursor{Version: x.cur.Tombstones, History: x.cur.History}, &p.Head) != nil {
+			return &Problem{Code: CursorExpired, Detail: "the log no longer reaches back to where the resync began"}
+		}
 		for _, c := range lastStates(x.feed.judge(p.Entries, &p.Head, x.g.policyFailed)) {
 			if c.op == policies.Upsert {
 				continue

@@ -29,7 +29,9 @@ type hub struct {
 	every  time.Duration                      // positionCheck, but for tests
 
 	mu      sync.Mutex
-	head    *changelog.Head // where the hub stands; nil: nothing was read yet
+	head    *changelog.Head   // where the hub stands; nil: nothing was read yet
+	whole   changelog.Version // the newest end of a transaction at or below it
+	target  changelog.Version // while it stands within a transaction: an end above it
 	scopes  map[[16]byte][]*subscriber
 	subs    map[*subscriber]struct{}
 	waiters map[chan struct{}]changelog.LSN
@@ -85,7 +87,7 @@ func (h *hub) apply(b *changelog.Batch) bool {
 	}
 	h.raiseLocked(b.Raises) // first: a checkpoint above a new floor would let a client go on that must resynchronise
 	h.deliverLocked(b.Entries, true)
-	h.head.Version = b.Last
+	h.head.Version, h.whole = b.Last, b.Last
 	h.passLocked(b.LSN)
 	return true
 }
@@ -149,13 +151,17 @@ func (h *hub) step(ctx context.Context) (more bool, err error) {
 	defer h.mu.Unlock()
 	if p.Head.History != old.History {
 		h.adoptLocked(&p.Head)
+		h.whole = p.Head.Version
 		return false, nil
 	}
 	stand := p.Head // its collections and floors hold from here on; the position follows with the entries
 	stand.Version, stand.LSN = old.Version, old.LSN
 	h.adoptLocked(&stand)
 	h.deliverLocked(p.Entries, !p.Partial)
-	h.head.Version = p.Last
+	h.head.Version, h.target = p.Last, now.Version
+	if !p.Partial {
+		h.whole = p.Last
+	}
 	if !p.More {
 		h.passLocked(p.Head.LSN)
 	}
@@ -173,6 +179,7 @@ func (h *hub) standAt(now *changelog.Head) {
 		return // somebody subscribed meanwhile: the next step reads the entries
 	}
 	h.adoptLocked(now)
+	h.whole = now.Version
 	h.passLocked(now.LSN)
 }
 
@@ -262,7 +269,17 @@ func (h *hub) waitLSN(ctx context.Context, lsn changelog.LSN) error {
 	}
 }
 
-// position returns where the hub stands; false before the first read of the log.
+// awaitStart waits until the hub stands somewhere: who joined before would miss what is skipped over then.
+func (h *hub) awaitStart(ctx context.Context) error {
+	select {
+	case <-h.started:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// position returns the newest end of a transaction that the hub has handed out; false before the first read of the log.
 func (h *hub) position() (changelog.Head, bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -270,6 +287,7 @@ func (h *hub) position() (changelog.Head, bool) {
 		return changelog.Head{}, false
 	}
 	out := *h.head
+	out.Version = h.whole
 	out.Collections = append([]changelog.Collection(nil), h.head.Collections...)
 	return out, true
 }
@@ -280,7 +298,7 @@ func (h *hub) join(s *subscriber, v changelog.Version) (from changelog.Version) 
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.head != nil {
-		v = max(v, h.head.Version)
+		v = max(v, h.head.Version, h.target)
 	}
 	s.goLive(v)
 	if _, known := h.subs[s]; known {

@@ -172,6 +172,9 @@ func (g *Gateway) waitForChange(ctx context.Context, f *feed, v changelog.Versio
 		return false
 	}
 	s := newSubscriber(f, 0)
+	if g.hub.awaitStart(ctx) != nil {
+		return false
+	}
 	from := g.hub.join(s, v)
 	defer g.hub.leave(s)
 	if from > v {

@@ -35,19 +35,23 @@ type clientFrame struct {
 
 // session is one subscribed WebSocket. run owns the writing; a second goroutine reads.
 type session struct {
-	g        *Gateway
-	conn     *websocket.Conn
-	id       string
-	identity *Identity
-	sub      *subscriber
-	since    changelog.Cursor
-	batch    bool
-	sent     changelog.Version // everything up to here was written
-	history  string
-	ready    bool
-	lastSent *change // newest change written by catching up, while its transaction has no checkpoint yet
-	renewals chan clientFrame
-	buf      []byte
+	g          *Gateway
+	conn       *websocket.Conn
+	id         string
+	identity   *Identity
+	sub        *subscriber
+	since      changelog.Cursor
+	batch      bool
+	sent       changelog.Version // everything up to here was written
+	history    string
+	ready      bool
+	reading    <-chan error // what ended the reader
+	heartbeats *time.Ticker
+	pings      *time.Ticker
+	expiry     *time.Timer // of the token
+	lastSent   *change     // newest change written by catching up, while its transaction has no checkpoint yet
+	renewals   chan clientFrame
+	buf        []byte
 }
 
 // closing is how a session ends: with a last frame and a close code.
@@ -234,11 +238,12 @@ func (s *session) readLoop(ctx context.Context) error {
 
 // write is the session's loop: catch up, then pass on what the hub queues, until something ends it.
 func (s *session) write(ctx context.Context, reading <-chan error) error {
-	heartbeat, ping := time.NewTicker(s.g.limits.heartbeat), time.NewTicker(s.g.limits.ping)
-	defer heartbeat.Stop()
-	defer ping.Stop()
-	expiry := time.NewTimer(time.Until(s.identity.Expires))
-	defer expiry.Stop()
+	s.heartbeats, s.pings = time.NewTicker(s.g.limits.heartbeat), time.NewTicker(s.g.limits.ping)
+	defer s.heartbeats.Stop()
+	defer s.pings.Stop()
+	s.expiry = time.NewTimer(time.Until(s.identity.Expires))
+	defer s.expiry.Stop()
+	s.reading = reading
 	var queued []frame
 	for {
 		var live bool
@@ -260,28 +265,41 @@ func (s *session) write(ctx context.Context, reading <-chan error) error {
 			}
 			continue
 		}
-		select {
-		case <-ctx.Done():
-			return s.goodbye()
-		case err := <-reading:
+		if err := s.attend(ctx, nil); err != nil {
 			return err
-		case f := <-s.renewals:
-			if err := s.renew(ctx, f.Token, expiry); err != nil {
-				return err
-			}
-		case <-expiry.C:
-			return NewProblem(TokenExpired, "renew the token with an auth frame before it expires")
-		case <-s.sub.bell:
-		case <-heartbeat.C:
-			if err := s.heartbeat(); err != nil {
-				return err
-			}
-		case <-ping.C:
-			if err := s.conn.WriteControl(websocket.PingMessage, nil, time.Now().Add(s.g.limits.write)); err != nil {
-				return err
-			}
 		}
 	}
+}
+
+// alwaysReady is a channel that never blocks.
+var alwaysReady = func() <-chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}()
+
+// attend handles one thing that isn't a change: the end, a renewal, a timer, or that something is queued. It waits for it
+// unless idle is given, which is ready.
+func (s *session) attend(ctx context.Context, idle <-chan struct{}) error {
+	select {
+	case <-ctx.Done():
+		return s.goodbye()
+	case err := <-s.reading:
+		return err
+	case f := <-s.renewals:
+		return s.renew(ctx, f.Token)
+	case <-s.expiry.C:
+		return NewProblem(TokenExpired, "renew the token with an auth frame before it expires")
+	case <-s.sub.bell:
+	case <-s.heartbeats.C:
+		if idle == nil { // while catching up, what is queued comes after what is read
+			return s.heartbeat()
+		}
+	case <-s.pings.C:
+		return s.conn.WriteControl(websocket.PingMessage, nil, time.Now().Add(s.g.limits.write))
+	case <-idle:
+	}
+	return nil
 }
 
 func (s *session) goodbye() error {
@@ -296,7 +314,7 @@ func (s *session) resyncClosing(r *resync) error {
 }
 
 // renew takes a new token of the same subject. Other scopes need other rows than those the client holds.
-func (s *session) renew(ctx context.Context, token string, expiry *time.Timer) error {
+func (s *session) renew(ctx context.Context, token string) error {
 	id, err := s.g.auth.Verify(ctx, token)
 	if err != nil {
 		return err
@@ -314,7 +332,7 @@ func (s *session) renew(ctx context.Context, token string, expiry *time.Timer) e
 		}
 	}
 	s.identity = id
-	expiry.Reset(time.Until(id.Expires))
+	s.expiry.Reset(time.Until(id.Expires))
 	return nil
 }
 
@@ -325,10 +343,10 @@ func (s *session) heartbeat() error {
 	if err := s.send(frames); err != nil {
 		return err
 	}
-	v := s.sent
-	if ok && live && head.History == s.history {
-		v = max(v, head.Version)
+	if !live || !ok || head.History != s.history {
+		return nil // catching up tells more
 	}
+	v := max(s.sent, s.sub.checkpointed(), head.Version)
 	return s.writeText([]byte(`{"type":"heartbeat","last_seq":"` + s.sub.feed.cursor(v, s.history) + `"}`))
 }
 
@@ -357,12 +375,19 @@ func (s *session) catchUp(ctx context.Context) error {
 			return err
 		}
 		s.sent = p.Last
+		if time.Now().After(s.identity.Expires) {
+			return NewProblem(TokenExpired, "renew the token with an auth frame before it expires")
+		}
+		if err := s.attend(ctx, alwaysReady); err != nil { // the client's pings and renewals don't wait for the log's end
+			return err
+		}
 		switch {
-		case ctx.Err() != nil:
-			return s.goodbye()
 		case p.More:
 			continue
 		case until == 0:
+			if err := s.g.hub.awaitStart(ctx); err != nil {
+				return s.goodbye()
+			}
 			until = s.g.hub.join(s.sub, p.Last)
 		}
 		if s.sent >= until {

@@ -40,12 +40,20 @@ type subscriber struct {
 	tx      changelog.Version // of pending
 	newest  changelog.Version // of pending
 	pos     changelog.Version // everything up to here is queued or was sent
+	whole   changelog.Version // of the newest checkpoint queued
 	closing *resync
 	problem *Problem
 }
 
 func newSubscriber(f *feed, limit int) *subscriber {
 	return &subscriber{feed: f, limit: limit, bell: make(chan struct{}, 1)}
+}
+
+// checkpointed returns the version of the newest checkpoint that was queued.
+func (s *subscriber) checkpointed() changelog.Version {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.whole
 }
 
 func (s *subscriber) goLive(v changelog.Version) {
@@ -109,6 +117,7 @@ func (s *subscriber) flushPending(v changelog.Version, history string) {
 	s.pending, s.held = s.pending[:0], 0
 	s.pos = max(s.newest, v)
 	if v != 0 {
+		s.whole = v
 		s.queue = append(s.queue, frame{checkpointFrame(s.feed, v, history), frameCheckpoint})
 	}
 	ring(s.bell)

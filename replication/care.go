@@ -38,7 +38,7 @@ const (
 )
 
 // care watches the slot and applies retention while this instance leads.
-func (l *Leader) care(ctx context.Context) error {
+func (l *Leader) care(ctx context.Context, walsender uint32) error {
 	slots, expire := time.NewTicker(slotCheckInterval), time.NewTicker(expireInterval)
 	defer slots.Stop()
 	defer expire.Stop()
@@ -52,6 +52,9 @@ func (l *Leader) care(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-slots.C:
+			if err := l.refuseSynchronous(ctx, walsender); err != nil {
+				return err
+			}
 			err = l.checkSlot(ctx)
 		case <-expire.C:
 			droppable, err = l.expire(ctx, droppable)
@@ -60,6 +63,17 @@ func (l *Leader) care(ctx context.Context) error {
 			l.o.Logger.Warn("care of slot and change log failed; trying again", "error", err)
 		}
 	}
+}
+
+// refuseSynchronous fails where the source counts this gateway as a synchronous standby: every commit of the application
+// would wait for the log, and the log's own commits, in the same server, for themselves.
+func (l *Leader) refuseSynchronous(ctx context.Context, walsender uint32) error {
+	var priority int
+	err := l.o.Source.QueryRow(ctx, `SELECT coalesce(max(sync_priority), 0) FROM pg_stat_replication WHERE pid = $1`, int64(walsender)).Scan(&priority)
+	if err != nil || priority == 0 {
+		return nil // what can't be read shows elsewhere
+	}
+	return fmt.Errorf("synchronous_standby_names of the source includes walgate, so that its commits would wait for the gateway: name the standbys there instead of '*'")
 }
 
 func (l *Leader) expire(ctx context.Context, droppable changelog.Version) (changelog.Version, error) {

@@ -100,6 +100,9 @@ func (l *Leader) session(ctx context.Context) error {
 	if err := start(ctx, conn, l.o.Slot, l.o.Publications); err != nil {
 		return err
 	}
+	if err := l.refuseSynchronous(ctx, conn.PID()); err != nil {
+		return err
+	}
 	appender, claimed, err := l.o.Log.NewAppender(ctx, l.o.Bus, src.claim)
 	if err != nil {
 		return err
@@ -254,7 +257,7 @@ func (l *Leader) stream(ctx context.Context, conn *pgconn.PgConn, appender *chan
 		}
 		return err
 	})
-	g.Go(func() error { return l.care(gctx) })
+	g.Go(func() error { return l.care(gctx, conn.PID()) })
 	err := g.Wait()
 	if ferr := s.sendStatus(); err == nil && ctx.Err() == nil {
 		err = ferr

@@ -53,6 +53,7 @@ type sequencer struct {
 	docID    []byte
 	effects  []policies.Effect
 	deleted  map[deletedKey]deletedRow // documents deleted in this piece of the transaction
+	moved    map[int32]bool            // collections raised in this transaction because their keys moved
 	dead     bool                      // the piece has entries that an insert replaced: their Op is 0
 }
 
@@ -75,6 +76,7 @@ func (s *sequencer) begin(m *message) {
 	s.xid = s.widen.widen(m.xid)
 	s.piece, s.dead = changelog.Piece{}, false
 	clear(s.deleted)
+	clear(s.moved)
 }
 
 // commit ends the transaction and hands over what is left of it. It says whether anything was handed over.
@@ -83,7 +85,7 @@ func (s *sequencer) commit(m *message) (logged bool, err error) {
 	if s.tx == 0 && len(s.piece.Raises) == 0 && !s.fence {
 		return false, nil
 	}
-	s.piece.LSN, s.piece.Final = m.end, true
+	s.piece.LSN, s.piece.Final = max(m.end, s.logged), true // a raise within a logged transaction mustn't take the log back
 	return true, s.flush()
 }
 
@@ -131,6 +133,7 @@ func (s *sequencer) change(t *target, m *message) error {
 			return err
 		}
 		if moved {
+			s.keyMoved(t)
 			if err := s.emit(t, old, nil, nil); err != nil {
 				return err
 			}
@@ -143,6 +146,18 @@ func (s *sequencer) change(t *target, m *message) error {
 		return s.emit(t, old, now, changed)
 	}
 	return s.emit(t, old, now, nil)
+}
+
+// keyMoved resynchronises a collection whose key may be checked late: within one statement one row may take the key that
+// another gives up afterwards, so the changes in their order would delete documents that exist.
+func (s *sequencer) keyMoved(t *target) {
+	if t.collection.Table.KeyDeferrable && !s.moved[t.id] {
+		if s.moved == nil {
+			s.moved = map[int32]bool{}
+		}
+		s.moved[t.id] = true
+		s.raise(changelog.Raise{Collection: t.id, Reason: "keys moved under a deferrable primary key"})
+	}
 }
 
 // fillUnchanged puts the old row's values where the new one says "unchanged". Only a whole old row has them.
@@ -198,13 +213,10 @@ func (s *sequencer) emit(t *target, old, now schema.Row, changed []byte) error {
 	if err != nil {
 		return err
 	}
+	var again deletedRow // delete + insert in one transaction is one upsert
 	if old == nil {
-		if d, ok := s.deleted[deletedKey{t, string(id)}]; ok && d.row != nil { // delete + insert in one transaction is one upsert
-			old = d.row
-			for i := d.from; i < d.to; i++ {
-				s.piece.Entries[i].Op, s.dead = 0, true
-			}
-			delete(s.deleted, deletedKey{t, string(id)})
+		if again = s.deleted[deletedKey{t, string(id)}]; again.row != nil {
+			old = again.row
 		}
 	}
 	effects, policyErr := t.binding.Route(s.effects[:0], old, now)
@@ -212,12 +224,18 @@ func (s *sequencer) emit(t *target, old, now schema.Row, changed []byte) error {
 	if policyErr != nil {
 		s.stats.policyError(t.collection.Name, policyErr, s.log)
 	}
-	if len(effects) == 0 {
-		return nil
-	}
 	from := len(s.piece.Entries)
 	if err := s.addEntries(t, id, old, now, changed); err != nil {
 		return err
+	}
+	if again.row != nil {
+		for i := again.from; i < again.to; i++ {
+			s.piece.Entries[i].Op, s.dead = 0, true
+		}
+		delete(s.deleted, deletedKey{t, string(id)})
+	}
+	if len(effects) == 0 {
+		return nil
 	}
 	if now == nil {
 		s.remember(t, id, old, from)
@@ -229,11 +247,9 @@ func (s *sequencer) emit(t *target, old, now schema.Row, changed []byte) error {
 }
 
 func (s *sequencer) addEntries(t *target, id []byte, old, now schema.Row, changed []byte) error {
-	version := s.clock.Next(s.millis)
-	if s.tx == 0 {
-		s.tx = version
+	if len(s.effects) == 0 {
+		return nil
 	}
-	e := changelog.Entry{Version: version, Tx: s.tx, Collection: t.id, DocID: s.hold(id), Changed: changed}
 	var data []byte
 	for _, f := range s.effects {
 		if f.Op != policies.Upsert || data != nil {
@@ -246,6 +262,11 @@ func (s *sequencer) addEntries(t *target, id []byte, old, now schema.Row, change
 		}
 		data = s.hold(doc)
 	}
+	version := s.clock.Next(s.millis) // after all that may fail: a version without a change is none
+	if s.tx == 0 {
+		s.tx = version
+	}
+	e := changelog.Entry{Version: version, Tx: s.tx, Collection: t.id, DocID: s.hold(id), Changed: changed}
 	var entered, stayed []byte // guards: who never saw the row must not learn that it left
 	if t.guarded {
 		entered, stayed = s.guard(t, nil, now), s.guard(t, old, now)

@@ -386,6 +386,8 @@ func (s *stream) sendStatus() error {
 	ack := pglogrepl.LSN(s.logged())
 	err := pglogrepl.SendStandbyStatusUpdate(context.Background(), s.conn, pglogrepl.StandbyStatusUpdate{
 		WALWritePosition: max(ack, pglogrepl.LSN(s.received)), WALFlushPosition: ack, WALApplyPosition: ack,
+		// Our statuses keep the server from sending keepalives of its own: on a silent source, ask for one.
+		ReplyRequested: time.Since(s.heard) > senderTimeout/2,
 	})
 	if err != nil {
 		return fmt.Errorf("send status to the server: %w", err)

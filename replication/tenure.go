@@ -110,7 +110,13 @@ func (t *tenure) changed() {
 	for _, c := range d.Set.Collections {
 		stored, ok := t.ids[c.Name]
 		shape := c.Table.Shape()
-		if !ok || stored.Shape == shape && stored.Stopped == "" {
+		if !ok || stored.Fingerprint != c.Fingerprint {
+			t.stream.post(0, func() {
+				t.stream.failed = fmt.Errorf("collection %s compiles to another policy since its table changed: taking the change log over anew", c.Name)
+			})
+			continue
+		}
+		if stored.Shape == shape && stored.Stopped == "" {
 			continue
 		}
 		r := changelog.Raise{Collection: stored.ID, Shape: shape}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"sort"
 	"strings"
 	"sync"
@@ -24,6 +25,8 @@ type Definitions struct {
 	Set     *policies.Set
 	Stopped map[string]string // collections that the present catalog doesn't allow, and why
 	shapes  string
+	// unjoined says that tables may still have to join the publication.
+	unjoined bool
 }
 
 // Watcher follows the source's catalog and keeps the policies compiled against it. Safe for concurrent use.
@@ -78,32 +81,56 @@ func (w *Watcher) Run(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		if err := w.Reload(ctx); err != nil && ctx.Err() == nil {
+		if err := w.reload(ctx, w.autoInit); err != nil && ctx.Err() == nil {
 			w.log.Warn("the source's catalog can't be read; trying again", "error", err)
 		}
 	}
 }
 
 // Reload reads the catalog now and, where it changed, compiles anew and calls everybody who asked.
-func (w *Watcher) Reload(ctx context.Context) error {
+func (w *Watcher) Reload(ctx context.Context) error { return w.reload(ctx, false) }
+
+// reload calls the others after it let go of its lock: they talk to the database, and the stream must not wait for that.
+func (w *Watcher) reload(ctx context.Context, join bool) error {
+	changed, err := w.refresh(ctx, join)
+	if err != nil || !changed {
+		return err
+	}
+	w.mu.Lock()
+	calls := slices.Collect(maps.Values(w.onChange))
+	w.mu.Unlock()
+	for _, f := range calls {
+		f()
+	}
+	return nil
+}
+
+// refresh reads the catalog and says whether it changed.
+func (w *Watcher) refresh(ctx context.Context, join bool) (changed bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	w.loading.Lock()
 	defer w.loading.Unlock()
 	cat, err := w.loadCatalog(ctx)
 	if err != nil {
-		return err
+		return false, err
 	}
 	old := w.current.Load()
-	if old != nil && old.shapes == shapes(cat) {
-		return nil
+	if old != nil && old.shapes == shapes(cat) && !(join && old.unjoined) {
+		return false, nil
 	}
+	d := &Definitions{}
 	if w.autoInit {
-		if cat, err = w.join(ctx, cat); err != nil {
-			w.log.Warn("a changed table could not join the publication; trying again", "error", err)
+		d.unjoined = true
+		if join {
+			var failed error
+			if cat, failed = w.join(ctx, cat); failed != nil {
+				w.log.Warn("a changed table could not join the publication; trying again", "error", failed)
+			}
+			d.unjoined = failed != nil
 		}
 	}
-	d := &Definitions{Catalog: cat, shapes: shapes(cat)}
+	d.Catalog, d.shapes = cat, shapes(cat)
 	d.Set, d.Stopped = w.compileWhatCan(cat)
 	w.current.Store(d)
 	for name, why := range d.Stopped {
@@ -111,16 +138,7 @@ func (w *Watcher) Reload(ctx context.Context) error {
 			w.log.Error("collection stopped: its table no longer fits its policy", "collection", name, "reason", why)
 		}
 	}
-	w.mu.Lock()
-	calls := make([]func(), 0, len(w.onChange))
-	for _, f := range w.onChange {
-		calls = append(calls, f)
-	}
-	w.mu.Unlock()
-	for _, f := range calls {
-		f()
-	}
-	return nil
+	return true, nil
 }
 
 // OnChange calls f after each change until the returned function is called.
@@ -143,7 +161,7 @@ func (w *Watcher) loadCatalog(ctx context.Context) (*schema.Catalog, error) {
 
 // join lets tables and leaves that the catalog now has join the publication.
 func (w *Watcher) join(ctx context.Context, cat *schema.Catalog) (*schema.Catalog, error) {
-	set, _ := w.compileWhatCan(cat)
+	set := w.compilable(cat)
 	conn, err := w.pool.Acquire(ctx)
 	if err != nil {
 		return cat, err
@@ -155,6 +173,29 @@ func (w *Watcher) join(ctx context.Context, cat *schema.Catalog) (*schema.Catalo
 	}
 	w.log.Info("tables joined the publication", "steps", strings.Join(done, "; "))
 	return w.loadCatalog(ctx)
+}
+
+// compilable compiles the collections that the catalog allows, published or not.
+func (w *Watcher) compilable(cat *schema.Catalog) *policies.Set {
+	specs := maps.Clone(w.specs)
+	for {
+		set, faults := compile(specs, cat)
+		if len(faults) == 0 {
+			return set
+		}
+		for _, f := range faults {
+			delete(specs, collectionOf(f, specs))
+		}
+	}
+}
+
+// collectionOf names the collection that a fault is about; a fault that names none is laid to the first one.
+func collectionOf(f policies.Fault, specs map[string]policies.Spec) string {
+	name := strings.Split(strings.TrimPrefix(f.Path, "collections."), ".")[0]
+	if _, ok := specs[name]; !ok && len(specs) > 0 {
+		return slices.Min(slices.Collect(maps.Keys(specs)))
+	}
+	return name
 }
 
 // Join brings publication and replica identities to what the set needs and returns what it did.
@@ -194,26 +235,27 @@ func (w *Watcher) compileWhatCan(cat *schema.Catalog) (*policies.Set, map[string
 	for {
 		set, faults := compile(specs, cat)
 		if len(faults) == 0 {
+			faults = unpublished(set, w.publications.Rows)
+		}
+		if len(faults) == 0 {
 			return set, stopped
 		}
 		for _, f := range faults {
-			name := strings.Split(strings.TrimPrefix(f.Path, "collections."), ".")[0]
-			if _, ok := specs[name]; !ok && len(specs) > 0 && stopped[name] == "" {
-				name = firstName(specs) // a fault that names no collection: none can be trusted
-			}
+			name := collectionOf(f, specs)
 			stopped[name] = fmt.Sprintf("%s: %s, want %s", f.Path, f.Got, f.Want)
 			delete(specs, name)
 		}
 	}
 }
 
-func firstName(specs map[string]policies.Spec) string {
-	names := make([]string, 0, len(specs))
-	for n := range specs {
-		names = append(names, n)
+// unpublished finds the collections whose tables left the publication: nothing of them arrives any more.
+func unpublished(set *policies.Set, publication string) (faults []policies.Fault) {
+	for _, c := range set.Collections {
+		if !c.Table.Published {
+			faults = append(faults, policies.Fault{Path: "collections." + c.Name + ".table", Got: c.Table.String() + " is not in publication " + publication, Want: "a published table: run walgate init"})
+		}
 	}
-	sort.Strings(names)
-	return names[0]
+	return faults
 }
 
 // TableNames returns schema.name of every table that the specs name.

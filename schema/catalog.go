@@ -37,7 +37,7 @@ const columnsSQL = `SELECT a.attrelid, a.attnum, a.attname::text, a.atttypid, a.
 	a.attgenerated::text, a.attstorage::text, coalesce((SELECT collisdeterministic FROM pg_collation WHERE pg_collation.oid = a.attcollation), true)
 FROM pg_attribute a WHERE a.attrelid = ANY ($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum`
 
-const keysSQL = `SELECT indrelid, a.attname::text FROM pg_index i
+const keysSQL = `SELECT indrelid, a.attname::text, NOT i.indimmediate FROM pg_index i
 	CROSS JOIN LATERAL unnest(i.indkey[0:i.indnkeyatts - 1]) WITH ORDINALITY AS k(num, pos)
 	JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.num
 WHERE i.indisprimary AND i.indrelid = ANY ($1) ORDER BY indrelid, k.pos`
@@ -87,10 +87,12 @@ func (c *Catalog) load(ctx context.Context, q Querier, types *Types, publication
 	err = each(ctx, q, keysSQL, []any{oids}, func(r pgx.Rows) error {
 		var oid uint32
 		var name string
-		if err := r.Scan(&oid, &name); err != nil {
+		var deferrable bool
+		if err := r.Scan(&oid, &name, &deferrable); err != nil {
 			return err
 		}
 		t := byOID[oid]
+		t.KeyDeferrable = deferrable
 		t.Key = append(t.Key, t.Column(name))
 		return nil
 	})

@@ -73,11 +73,13 @@ type Table struct {
 	Persistence byte     // pg_class.relpersistence: 'p' permanent, 'u' unlogged, 't' temporary
 	Columns     []Column // in attribute order, dropped ones left out
 	Key         []int    // positions in Columns of the primary key, in key order; empty: no key
-	Identity    byte     // pg_class.relreplident: 'd' default, 'f' full, 'i' index, 'n' nothing
-	RowSecurity bool
-	Published   bool   // itself or, for a partitioned table, as root in walgate's publication
-	Leaves      []Leaf // partitions that hold rows, of a partitioned table
-	Partition   bool   // is itself a partition of another table
+	// KeyDeferrable says that the primary key is checked at the end of the statement or later, not row by row.
+	KeyDeferrable bool
+	Identity      byte // pg_class.relreplident: 'd' default, 'f' full, 'i' index, 'n' nothing
+	RowSecurity   bool
+	Published     bool   // itself or, for a partitioned table, as root in walgate's publication
+	Leaves        []Leaf // partitions that hold rows, of a partitioned table
+	Partition     bool   // is itself a partition of another table
 }
 
 // Leaf is one partition that holds rows.

@@ -50,4 +50,5 @@ CREATE TABLE walgate.transactions (
     tx  bigint NOT NULL,
     xid bigint NOT NULL                           -- its 64-bit top-level transaction id in the source
 ) PARTITION BY RANGE (tx);
+CREATE INDEX transactions_tx ON walgate.transactions (tx);
 CREATE INDEX transactions_xid ON walgate.transactions (xid);
