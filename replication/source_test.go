@@ -1,0 +1,80 @@
+package replication
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/walgate/walgate/internal/pgserver"
+)
+
+// TestSilentSourceIsAskedForLife: a source where nothing happens sends nothing of its own while statuses reach it, so the
+// gateway must ask; a silence that goes on is a dead connection.
+func TestSilentSourceIsAskedForLife(t *testing.T) {
+	t.Parallel()
+	s := newSource(t, setup{storage: newDatabase(t)})
+	s.exec(`INSERT INTO items VALUES (1)`)
+	s.settle()
+	began, before := time.Now(), s.stats.Reconnects.Load()
+	s.await("a silence longer than a dead connection's", func() bool { return time.Since(began) > stallTimeout+2*statusInterval })
+	if n := s.stats.Reconnects.Load() - before; n != 0 {
+		t.Errorf("reconnected %d times while nothing was wrong:\n%s", n, s.logged)
+	}
+}
+
+// TestTableTakenOutOfThePublication: nothing of it arrives any more, which must not go unnoticed.
+func TestTableTakenOutOfThePublication(t *testing.T) {
+	t.Parallel()
+	s := newSource(t, setup{every: 50 * time.Millisecond})
+	s.exec(`INSERT INTO items VALUES (1)`)
+	before := s.settle().Version
+	publication := s.watcher.publications.Rows
+	s.exec(`ALTER PUBLICATION "` + publication + `" DROP TABLE items`)
+	s.await("the collection is stopped", func() bool { return strings.Contains(s.collection("items").Stopped, "walgate init") })
+	s.exec(`INSERT INTO items VALUES (2)`)
+	s.exec(`ALTER PUBLICATION "` + publication + `" ADD TABLE ONLY items`)
+	s.await("the collection goes on", func() bool { return s.collection("items").Stopped == "" })
+	if c := s.collection("items"); c.Floor <= before {
+		t.Errorf("floor %d, want above %d: row 2 was never logged", c.Floor, before)
+	}
+	s.exec(`INSERT INTO items VALUES (3)`)
+	s.await("new rows are logged", func() bool { return strings.HasSuffix(s.changes(before), "u 3") })
+}
+
+// TestDeferrableKey: within one statement a row takes the key that another gives up afterwards, so deletes and upserts in
+// their order would end with documents missing.
+func TestDeferrableKey(t *testing.T) {
+	t.Parallel()
+	s := newSource(t, setup{specs: itemsSpec(), before: itemsTable + `ALTER TABLE items DROP CONSTRAINT items_pkey, ADD PRIMARY KEY (id) DEFERRABLE;`})
+	s.exec(`INSERT INTO items SELECT generate_series(1, 3)`)
+	before := s.settle().Version
+	s.exec(`UPDATE items SET title = 'the keys stay'`)
+	if c := s.collection("items"); s.settle().Version <= before || c.Floor > before {
+		t.Errorf("floor %d: an update that moves no key raised it above %d", c.Floor, before)
+	}
+	s.exec(`UPDATE items SET id = id + 1`)
+	s.settle()
+	s.awaitRaise("items", before)
+}
+
+// TestSynchronousStandbyIsRefused: counted as a synchronous standby, the gateway would make every commit of the
+// application wait for the log, and the log's commits for themselves.
+func TestSynchronousStandbyIsRefused(t *testing.T) {
+	t.Parallel()
+	server := pgserver.StartForTest(t, pgserver.Options{Fast: true})
+	s := newSource(t, setup{server: server})
+	s.exec(`INSERT INTO items VALUES (1)`)
+	s.settle()
+	before := s.stats.Reconnects.Load()
+	s.exec(`SET synchronous_commit = local`)
+	s.exec(`ALTER SYSTEM SET synchronous_standby_names = '*'`)
+	s.exec(`SELECT pg_reload_conf()`)
+	s.await("the gateway refuses", func() bool {
+		_, err, _ := s.stats.State()
+		return s.stats.Reconnects.Load() > before && strings.Contains(err, "synchronous_standby_names")
+	})
+	s.exec(`ALTER SYSTEM RESET synchronous_standby_names`)
+	s.exec(`SELECT pg_reload_conf()`)
+	s.exec(`INSERT INTO items VALUES (2)`)
+	s.settle()
+}
