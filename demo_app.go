@@ -101,6 +101,9 @@ func demoWriter(ctx context.Context, app string, rate float64) error {
 	}
 	conn, err := pgx.Connect(ctx, app)
 	if err != nil {
+		if ctx.Err() != nil {
+			return nil // told to end before it began
+		}
 		return err
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
