@@ -19,7 +19,7 @@ type key struct {
 // defaultConfig holds the defaults; config.yaml repeats them and a test compares the two.
 func defaultConfig() *Config {
 	return &Config{
-		Database:    DatabaseConfig{URL: defaultDatabaseURL, PoolSize: 16},
+		Database:    DatabaseConfig{URL: defaultDatabaseURL, PoolSize: 20},
 		Storage:     StorageConfig{PoolSize: 16},
 		Replication: ReplicationConfig{Slot: "walgate", Publication: "walgate"},
 		Catalog:     CatalogConfig{PollInterval: 5 * time.Second},

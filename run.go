@@ -174,7 +174,8 @@ func gatewayOptions(cfg *Config, p *parts, bus changelog.Bus, auth *gateway.Auth
 		PublicURL:    cfg.HTTP.PublicURL, AllowedOrigins: cfg.HTTP.AllowedOrigins, TrustedProxies: cfg.HTTP.TrustedProxies,
 		FrameLimit: int(cfg.Limits.Frame), RequestsPerSecond: cfg.Limits.RequestsPerSecond, Burst: cfg.Limits.Burst,
 		StreamConnections: cfg.Limits.StreamConnections, StreamsPerSubject: cfg.Limits.StreamConnectionsPerSubject,
-		FullConcurrency: cfg.Limits.FullConcurrency, Drain: cfg.Limits.Drain, ReadersConcurrency: max(1, cfg.Storage.PoolSize-2),
+		FullConcurrency: min(cfg.Limits.FullConcurrency, max(1, (cfg.Database.PoolSize-4)/2)), // each holds a snapshot while it passes a fence
+		Drain: cfg.Limits.Drain, ReadersConcurrency: max(1, cfg.Storage.PoolSize-2),
 	}
 }
 
