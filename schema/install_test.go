@@ -195,7 +195,19 @@ func TestPlanTakesOutWhatIsNotWanted(t *testing.T) {
 // table joins; the join must come after its commit, and what is written after the join is decoded whole.
 func TestJoinWaitsForWritersInFlight(t *testing.T) {
 	t.Parallel()
-	dsn, conn := database(t, `CREATE TABLE tasks (id int PRIMARY KEY, v text)`)
+	for name, identity := range map[string]string{
+		"identity altered": "DEFAULT",
+		"identity full":    "FULL", // nothing to alter: only the lock waits
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			joinBesideWriter(t, identity)
+		})
+	}
+}
+
+func joinBesideWriter(t *testing.T, identity string) {
+	dsn, conn := database(t, `CREATE TABLE tasks (id int PRIMARY KEY, v text); ALTER TABLE tasks REPLICA IDENTITY `+identity)
 	if err := Migrate(t.Context(), conn); err != nil {
 		t.Fatal(err)
 	}
