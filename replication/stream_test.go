@@ -140,6 +140,9 @@ func TestKilledBetweenAppendAndAcknowledge(t *testing.T) {
 	s.exec(`INSERT INTO items VALUES (1)`)
 	s.settle()
 	s.stop()
+	s.await("the walsender has taken the last status and is gone", func() bool {
+		return !query[bool](s, `SELECT active FROM pg_replication_slots WHERE slot_name = $1`, s.slot)
+	})
 	confirmed := query[string](s, `SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1`, s.slot)
 	s.exec(`INSERT INTO items VALUES (2)`)
 	s.exec(`BEGIN; UPDATE items SET title = 'x'; DELETE FROM items WHERE id = 1; COMMIT`)
