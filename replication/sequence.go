@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"time"
 
 	"github.com/walgate/walgate/changelog"
 	"github.com/walgate/walgate/policies"
@@ -324,7 +323,7 @@ func (s *sequencer) raise(r changelog.Raise) {
 	if r.Reason != "" {
 		millis := s.millis
 		if !s.inTx {
-			millis = time.Now().UnixMilli()
+			millis = 0 // no commit gives a time, and this machine's clock must not run ahead of the source's: the next version
 		}
 		r.Version = s.clock.Next(millis)
 	}
