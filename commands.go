@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -32,13 +33,20 @@ func newCommand() *cobra.Command {
 		def = "config.yaml"
 	}
 	root.PersistentFlags().StringVar(&path, "config", def, "configuration file")
-	load := func() (*Config, error) { return Load(path, os.LookupEnv) }
+	load := func() (*Config, error) {
+		cfg, err := Load(path, os.LookupEnv)
+		var faults *ConfigError
+		if err != nil && !errors.As(err, &faults) { // the file can't be read
+			err = &usageError{err}
+		}
+		return cfg, err
+	}
 	root.AddCommand(serveCommand(load), initCommand(load), uninstallCommand(load), tokenCommand(load),
 		&cobra.Command{Use: "version", Short: "Print the version", Args: cobra.NoArgs, Run: func(c *cobra.Command, _ []string) {
 			fmt.Fprintln(c.OutOrStdout(), version)
 		}},
 		newDemoCommand(demoServing, demoSigning))
-	for _, c := range root.Commands() {
+	for _, c := range append(root.Commands(), root) {
 		if check := c.Args; check != nil {
 			c.Args = func(c *cobra.Command, args []string) error {
 				if err := check(c, args); err != nil {

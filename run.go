@@ -144,7 +144,7 @@ func (p *parts) install(ctx context.Context, cfg *Config, logger *slog.Logger) e
 		return err
 	}
 	for _, s := range steps {
-		err = errors.Join(err, errors.New(s.What))
+		err = errors.Join(err, errors.New("  "+s.What))
 	}
 	if err != nil {
 		return fmt.Errorf("the source is not prepared; run walgate init (or set auto_init: true). Missing:\n%w", err)
