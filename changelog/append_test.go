@@ -88,17 +88,19 @@ func TestAppendGroupsWaitingTransactions(t *testing.T) {
 type lossyConn struct {
 	net.Conn
 	lose *atomic.Bool
-	sent bool
+	sent atomic.Bool // pgx reads and writes from two goroutines
 }
 
 func (c *lossyConn) Write(b []byte) (int, error) {
-	c.sent = c.sent || c.lose.Load() && bytes.Contains(b, []byte("; COMMIT"))
+	if c.lose.Load() && bytes.Contains(b, []byte("; COMMIT")) {
+		c.sent.Store(true)
+	}
 	return c.Conn.Write(b)
 }
 
 func (c *lossyConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b) // so the server has committed
-	if c.sent && err == nil {
+	if c.sent.Load() && err == nil {
 		c.Conn.Close()
 		return 0, io.ErrUnexpectedEOF
 	}
