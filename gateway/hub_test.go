@@ -330,3 +330,52 @@ func BenchmarkFanOut(b *testing.B) {
 		})
 	}
 }
+
+// TestJoinWithinATransaction: while the hub steps through a large transaction by pages, who joins reads the log to its end
+// itself and is handed nothing of it; no position within it is ever told.
+func TestJoinWithinATransaction(t *testing.T) {
+	t.Parallel()
+	h := newTestHub()
+	h.mu.Lock()
+	h.whole = 100
+	h.head.Version, h.target = 150, 200 // as step leaves it after the first page of a transaction that ends at 200
+	h.mu.Unlock()
+	s := newTestSub(1<<20, 1)
+	if from := h.join(s, 150); from != 200 {
+		t.Errorf("joined from %d, within the transaction; want its end, 200", from)
+	}
+	if at, _ := h.position(); at.Version != 100 {
+		t.Errorf("position %d, want 100, the newest end of a transaction", at.Version)
+	}
+	entry := func(v changelog.Version) changelog.Entry {
+		return changelog.Entry{Version: v, Tx: 101, Scope: scopeKey(1), Collection: 1, Op: byte(policies.Upsert), DocID: []byte("1"), Data: []byte(`{"id":1}`)}
+	}
+	h.mu.Lock()
+	h.deliverLocked([]changelog.Entry{entry(180), entry(200)}, true)
+	h.head.Version, h.whole = 200, 200
+	h.mu.Unlock()
+	if got, checkpoints := versions(t, s); len(got) != 0 || checkpoints != 0 {
+		t.Errorf("handed out %v and %d checkpoints of what the session reads itself", got, checkpoints)
+	}
+	if !h.apply(testBatch(200, []int{1})) {
+		t.Fatal("the next batch was refused")
+	}
+	if got, checkpoints := versions(t, s); len(got) != 1 || got[0] != 201 || checkpoints != 1 {
+		t.Errorf("then %v and %d checkpoints, want 201 and one", got, checkpoints)
+	}
+}
+
+// TestJoinAwaitsTheFirstHead: before the hub stands somewhere, what it skips to would be missed.
+func TestJoinAwaitsTheFirstHead(t *testing.T) {
+	t.Parallel()
+	h := newHub(nil, changelog.NewMemoryBus(), slog.New(slog.DiscardHandler), func(string, error) {})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := h.awaitStart(ctx); err == nil {
+		t.Error("a hub without a head has started")
+	}
+	h.adoptLocked(&changelog.Head{Version: 5, History: testHistory})
+	if err := h.awaitStart(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
