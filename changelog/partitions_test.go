@@ -105,3 +105,32 @@ func TestPartitionsAreMadeWithinALongTransaction(t *testing.T) {
 		t.Errorf("%d transactions recorded, want 2", n)
 	}
 }
+
+// TestPartitionsAreMadeBesideReaders: a dump of the log that is open over midnight holds up neither the appender nor those
+// who come to read.
+func TestPartitionsAreMadeBesideReaders(t *testing.T) {
+	t.Parallel()
+	l, dsn := newLog(t)
+	a, c := restart(t, l, nil)
+	v := c.Version + 1
+	appendNow(t, a, transaction(100, upsert(v, v, 1, "today")))
+	mustExec(t, session(t, dsn), `BEGIN ISOLATION LEVEL REPEATABLE READ`, `SELECT FROM walgate.changes`, `SELECT FROM walgate.transactions`)
+	mustExec(t, a.conn, `SET lock_timeout = '2s'`) // not for ever, where it must wait
+	next := partitionOf(v) + partitionSpan
+	appendNow(t, a, transaction(101, upsert(next, next, 1, "tomorrow")))
+	if got := documents(t, l, 1); !slices.Equal(got, []string{"u today", "u tomorrow"}) {
+		t.Errorf("the log holds %v", got)
+	}
+}
+
+// TestTransactionWithoutRowsIsAppended: its only row was of a collection that stopped there, and it is the day's first.
+func TestTransactionWithoutRowsIsAppended(t *testing.T) {
+	t.Parallel()
+	l, _ := newLog(t)
+	a, c := restart(t, l, nil)
+	next := partitionOf(c.Version) + partitionSpan
+	appendNow(t, a, Piece{Tx: next, Xid: 7, LSN: 100, Final: true, Version: next, Raises: []Raise{{Collection: c.Collections[0].ID, SetStopped: true, Stopped: "can't be decoded"}}})
+	if h := mustHead(t, l); h.LSN != 100 || h.Version != next || h.Collections[0].Stopped == "" {
+		t.Errorf("the log stands at %+v", h)
+	}
+}
