@@ -63,11 +63,10 @@ func claim(ctx context.Context, conn *pgx.Conn, c Claim) (*Claimed, error) {
 		if _, err := tx.Exec(ctx, `LOCK TABLE walgate.checkpoint IN SHARE ROW EXCLUSIVE MODE`); err != nil {
 			return err
 		}
-		floor, err := claimCheckpoint(ctx, tx, c, storage, out)
-		if err != nil {
+		if err := claimCheckpoint(ctx, tx, c, storage, out); err != nil {
 			return err
 		}
-		return claimCollections(ctx, tx, c, floor, out)
+		return claimCollections(ctx, tx, c, out)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("take the change log over: %w", err)
@@ -84,7 +83,7 @@ type stored struct {
 	serverTime      time.Time
 }
 
-func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, out *Claimed) (Version, error) {
+func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, out *Claimed) error {
 	var s stored
 	err := tx.QueryRow(ctx, `SELECT epoch, config_revision, history, version, floor, lsn - '0/0'::pg_lsn,
 		source_system, source_timeline, storage_system, storage_timeline, clock_timestamp() FROM walgate.checkpoint`).Scan(
@@ -97,10 +96,10 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 			out.NewHistory = logLost
 		}
 	case err != nil:
-		return 0, err
+		return err
 	default:
 		if c.ConfigRevision < s.revision {
-			return 0, fmt.Errorf("%w: %d here, %d there: deploy the newer configuration", ErrConfigRevision, c.ConfigRevision, s.revision)
+			return fmt.Errorf("%w: %d here, %d there: deploy the newer configuration", ErrConfigRevision, c.ConfigRevision, s.revision)
 		}
 		out.NewHistory = broken(s, c, storage)
 	}
@@ -121,7 +120,7 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 			floor = excluded.floor, lsn = excluded.lsn, source_system = excluded.source_system, source_timeline = excluded.source_timeline,
 			storage_system = excluded.storage_system, storage_timeline = excluded.storage_timeline, config_revision = excluded.config_revision`,
 		out.Epoch, out.History, int64(out.Version), int64(floor), lsnNumeric(out.LSN), c.Source.System, c.Source.Timeline, storage.System, storage.Timeline, c.ConfigRevision)
-	return floor, err
+	return err
 }
 
 // broken says why the stored log can't be continued, or "".
@@ -159,7 +158,7 @@ func newHistory(last string) string {
 	}
 }
 
-func claimCollections(ctx context.Context, tx pgx.Tx, c Claim, floor Version, out *Claimed) error {
+func claimCollections(ctx context.Context, tx pgx.Tx, c Claim, out *Claimed) error {
 	rows, err := tx.Query(ctx, collectionsSQL)
 	if err != nil {
 		return err
