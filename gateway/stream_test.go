@@ -237,8 +237,8 @@ func TestStreamTruncate(t *testing.T) {
 	e.exec(t, `INSERT INTO todos VALUES (1, 'a')`)
 	s, news := e.live(t, a, ""), e.live(t, a, `,"collections":["news"]`)
 	e.exec(t, `INSERT INTO todos VALUES (2, 'a')`)
+	s.wantChanges(t, "upsert todos/2") // before: in one batch with the truncate, the cut comes first
 	e.exec(t, `TRUNCATE todos`)
-	s.wantChanges(t, "upsert todos/2")
 	if f := s.want(t, "full_resync_required"); strings.Join(f.Collections, ",") != "todos" || f.Reason != "too_old" {
 		t.Errorf("got %s", f.raw)
 	}
@@ -253,7 +253,7 @@ func TestStreamTruncate(t *testing.T) {
 // TestStreamHeartbeat: heartbeats move last_seq past what the client may not see.
 func TestStreamHeartbeat(t *testing.T) {
 	t.Parallel()
-	e := newEnv(t, setup{gateway: func(g *Gateway) { g.limits.heartbeat, g.limits.ping = 50*time.Millisecond, 40*time.Millisecond }})
+	e := newEnv(t, setup{gateway: func(g *Gateway) { g.limits.heartbeat, g.limits.ping = 50*time.Millisecond, time.Second }})
 	a := tokenFor(t, "a", nil)
 	s := e.subscribe(t, a, e.here(t, a), "")
 	pings := 0
@@ -269,7 +269,7 @@ func TestStreamHeartbeat(t *testing.T) {
 		if f.LastSeq < last {
 			t.Fatalf("heartbeats go back: %s after %s", f.LastSeq, last)
 		}
-		if last = f.LastSeq; last > ready.LastSeq && pings > 3 {
+		if last = f.LastSeq; last > ready.LastSeq && pings > 0 {
 			if changes, _ := e.pullAll(t, a, last); len(changes) != 0 {
 				t.Errorf("after the heartbeat: %s", briefs(changes))
 			}
