@@ -281,7 +281,7 @@ func TestStreamHeartbeat(t *testing.T) {
 // TestStreamDeadPeer: a client that answers no ping is dropped.
 func TestStreamDeadPeer(t *testing.T) {
 	t.Parallel()
-	e := newEnv(t, setup{gateway: func(g *Gateway) { g.limits.ping = 50 * time.Millisecond }})
+	e := newEnv(t, setup{gateway: func(g *Gateway) { g.limits.ping = 400 * time.Millisecond }})
 	a := tokenFor(t, "a", nil)
 	s := e.live(t, a, "")
 	s.conn.SetPingHandler(func(string) error { return nil })
