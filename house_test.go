@@ -21,6 +21,7 @@ var fences = map[string]struct{ ours, libraries []string }{
 	"changelog":         {ours: []string{"internal/migrate"}},
 	"policies":          {ours: []string{"schema"}, libraries: []string{"github.com/google/cel-go"}},
 	"schema":            {ours: []string{"internal/migrate"}},
+	"internal/badlink":  {},
 	"internal/migrate":  {},
 	"internal/pgserver": {},
 	"bench":             {ours: []string{"changelog", "gateway", "internal/pgserver", "policies", "replication", "schema"}},
