@@ -12,6 +12,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/walgate/walgate/internal/failpoint"
 )
 
 // announceLimit is how many bytes of entries one batch may carry over the bus; a larger one is announced by its
@@ -64,6 +66,7 @@ func (l *Log) NewAppender(ctx context.Context, bus Bus, c Claim) (*Appender, *Cl
 		a.Close()
 		return nil, nil, err
 	}
+	failpoint.Here(failpoint.LogClaimed)
 	a.epoch, a.history, a.version = claimed.Epoch, claimed.History, claimed.Version
 	a.logged.Store(uint64(claimed.LSN))
 	if err := a.parts.load(ctx, conn); err != nil {
@@ -195,6 +198,7 @@ func (a *Appender) copyEntries(ctx context.Context, pieces []Piece) error {
 	}
 	a.buf = append(a.buf, 0xff, 0xff)
 	_, err := a.conn.PgConn().CopyFrom(ctx, bytes.NewReader(a.buf), sql)
+	failpoint.Here(failpoint.Appended)
 	if cap(a.buf) > 64<<20 { // after one giant row
 		a.buf = nil
 	}
@@ -255,9 +259,13 @@ func (a *Appender) finish(ctx context.Context, start time.Time, last *Piece) err
 		b = append(b, `; COMMIT`...)
 	}
 	a.sql = b
-	if _, err := a.conn.PgConn().Exec(ctx, string(b)).ReadAll(); err != nil {
+	failpoint.Here(failpoint.Committing)
+	answer := a.conn.PgConn().Exec(ctx, string(b))
+	failpoint.Here(failpoint.CommitSent)
+	if _, err := answer.ReadAll(); err != nil {
 		return err
 	}
+	failpoint.Here(failpoint.Committed)
 	batch := &Batch{History: a.history, Prev: a.version, Last: version, LSN: last.LSN, Entries: a.entries, Omitted: a.omitted, Raises: a.raises}
 	done := Appended{Transactions: len(a.txs), Rows: a.batchRows, Version: version, LSN: last.LSN, Took: time.Since(start)}
 	a.version = version
@@ -265,6 +273,7 @@ func (a *Appender) finish(ctx context.Context, start time.Time, last *Piece) err
 	a.txs = a.txs[:0]
 	a.logged.Store(uint64(last.LSN)) // the one place that moves "logged"
 	a.bus.Publish(batch)
+	failpoint.Here(failpoint.Announced)
 	if a.OnAppended != nil {
 		a.OnAppended(done)
 	}

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/walgate/walgate/internal/failpoint"
 )
 
 // FirstStart is Claimed.NewHistory where there never was a log.
@@ -66,7 +68,9 @@ func claim(ctx context.Context, conn *pgx.Conn, c Claim) (*Claimed, error) {
 		if err := claimCheckpoint(ctx, tx, c, storage, out); err != nil {
 			return err
 		}
-		return claimCollections(ctx, tx, c, out)
+		err := claimCollections(ctx, tx, c, out)
+		failpoint.Here(failpoint.LogClaiming)
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("take the change log over: %w", err)

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/internal/failpoint"
 	"github.com/walgate/walgate/schema"
 )
 
@@ -103,6 +104,7 @@ func (l *Leader) session(ctx context.Context) error {
 	if err := l.refuseSynchronous(ctx, conn.PID()); err != nil {
 		return err
 	}
+	failpoint.Here(failpoint.SlotTaken)
 	appender, claimed, err := l.o.Log.NewAppender(ctx, l.o.Bus, src.claim)
 	if err != nil {
 		return err
@@ -111,6 +113,7 @@ func (l *Leader) session(ctx context.Context) error {
 	if err := l.rememberHistory(ctx, claimed.History); err != nil {
 		return err
 	}
+	failpoint.Here(failpoint.HistoryNoted)
 	l.report(claimed)
 	return l.stream(ctx, conn, appender, claimed, src.xmax)
 }

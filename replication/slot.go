@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/internal/failpoint"
 )
 
 // Slot is the state of the replication slot.
@@ -49,6 +50,7 @@ func EnsureSlot(ctx context.Context, conn *pgx.Conn, name string, log *slog.Logg
 }
 
 func createSlot(ctx context.Context, conn *pgx.Conn, name string, log *slog.Logger) (Slot, error) {
+	failpoint.Here(failpoint.SlotMissing)
 	done := make(chan struct{})
 	defer close(done)
 	go watchSlotCreation(done, conn.Config(), conn.PgConn().PID(), name, log)
@@ -57,6 +59,7 @@ func createSlot(ctx context.Context, conn *pgx.Conn, name string, log *slog.Logg
 	if err := conn.QueryRow(ctx, sql, name).Scan(&lsn); err != nil {
 		return Slot{}, fmt.Errorf("create replication slot %s (needs wal_level = logical, a free slot, and the REPLICATION attribute): %w", name, err)
 	}
+	failpoint.Here(failpoint.SlotMade)
 	return Slot{Created: true, Confirmed: changelog.LSN(lsn)}, nil
 }
 

@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 
 	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/internal/failpoint"
 	"github.com/walgate/walgate/schema"
 )
 
@@ -223,6 +224,7 @@ func (s *stream) put(ctx context.Context, p changelog.Piece) error {
 			s.nextStatus = s.heard.Add(statusInterval)
 		}
 	}
+	failpoint.Here(failpoint.HandedOver)
 	return nil
 }
 
@@ -234,6 +236,7 @@ func (s *stream) handle(ctx context.Context, data []byte) error {
 	case len(data) == 18 && data[0] == pglogrepl.PrimaryKeepaliveMessageByteID:
 		return s.keepalive(ctx, changelog.LSN(binary.BigEndian.Uint64(data[1:])), data[17] == 1)
 	case len(data) > 25 && data[0] == pglogrepl.XLogDataByteID:
+		failpoint.Here(failpoint.Received)
 		s.at = changelog.LSN(binary.BigEndian.Uint64(data[1:]))
 		if err := s.message(ctx, data[25:]); err != nil {
 			return s.located(s.at, err)
@@ -289,6 +292,7 @@ func (s *stream) message(ctx context.Context, b []byte) error {
 	if err := m.decode(b); err != nil {
 		return err
 	}
+	failpoint.Here(failpoint.Decoded)
 	switch m.kind {
 	case msgBegin:
 		s.seq.begin(m)
@@ -384,6 +388,7 @@ func (s *stream) relation(ctx context.Context, r *relation) error {
 // for the write position.
 func (s *stream) sendStatus() error {
 	ack := pglogrepl.LSN(s.logged())
+	failpoint.Here(failpoint.Acknowledging)
 	err := pglogrepl.SendStandbyStatusUpdate(context.Background(), s.conn, pglogrepl.StandbyStatusUpdate{
 		WALWritePosition: max(ack, pglogrepl.LSN(s.received)), WALFlushPosition: ack, WALApplyPosition: ack,
 		// Our statuses keep the server from sending keepalives of its own: on a silent source, ask for one.
@@ -392,6 +397,7 @@ func (s *stream) sendStatus() error {
 	if err != nil {
 		return fmt.Errorf("send status to the server: %w", err)
 	}
+	failpoint.Here(failpoint.Acknowledged)
 	s.stats.Acknowledged.Store(uint64(ack)) // the one place that moves "acknowledged"
 	return nil
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/walgate/walgate/internal/failpoint"
 	"github.com/walgate/walgate/policies"
 	"github.com/walgate/walgate/schema"
 )
@@ -203,6 +204,7 @@ func Join(ctx context.Context, conn *pgx.Conn, p schema.Publications, set *polic
 	steps, err := PlanFor(ctx, conn, p, set, cat)
 	var done []string
 	for _, s := range steps {
+		failpoint.Here(failpoint.TableJoins)
 		if err := schema.Execute(ctx, conn, s); err != nil {
 			return done, err
 		}
