@@ -30,14 +30,13 @@ INSERT INTO levels (id, level, name) SELECT g, g % 5, 'level ' || g FROM generat
 INSERT INTO goods (id, name) SELECT g, 'good ' || g FROM generate_series(1, 1200) g;
 `
 
-// convergenceConfig is the gateway's configuration; the verbs are URL, port and secret.
+// convergenceConfig is the gateway's configuration but for the databases.
 const convergenceConfig = `
 auto_init: true
-database: {url: %q}
 catalog: {poll_interval: 300ms}
-http: {listen: "127.0.0.1:%d"}
+http: {listen: "127.0.0.1:%[1]d"}
 limits: {drain: 3s, requests_per_second: 100000, burst: 100000}
-auth: {jwt: {secret: %q}}
+auth: {jwt: {secret: %[2]q}}
 log: {format: text}
 collections:
   notes:

@@ -28,7 +28,7 @@ func (c *syncClient) follow(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() }) // ends the read
 	defer stop()
 	subscribe, _ := json.Marshal(map[string]any{ // texts and a boolean
-		"type": "subscribe", "since": c.replica.cursor, "collections": c.caller.collections(), "batch": c.rng.IntN(2) == 0,
+		"type": "subscribe", "since": c.replica.cursor, "collections": c.names, "batch": c.rng.IntN(2) == 0,
 	})
 	if err := conn.WriteMessage(websocket.TextMessage, subscribe); err != nil {
 		return errAway

@@ -9,9 +9,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net/http"
 	"os"
-	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -45,7 +43,6 @@ const (
 // failed may have to run a few times. WALGATE_TEST_SEED=7 or -run 'TestConvergence/seed=7' runs seed 7.
 func TestConvergence(t *testing.T) {
 	t.Parallel()
-	defer removeBuiltGateway(t)
 	for _, seed := range seedsToRun(t) {
 		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) { converge(t, seed) })
 	}
@@ -133,34 +130,12 @@ func (v *convergence) begin(t *testing.T) {
 	if err := errors.Join(err, conn.Close(ctx)); err != nil {
 		t.Fatal(err)
 	}
-	binary, err := builtGateway()
-	if err != nil {
-		t.Fatal(err)
-	}
-	port, err := pgserver.FreePort()
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	config := filepath.Join(dir, "config.yaml")
-	if err := os.WriteFile(config, fmt.Appendf(nil, convergenceConfig, v.dsn, port, convergenceSecret), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cfg, err := Load(config, func(string) (string, bool) { return "", false })
-	if err != nil {
-		t.Fatal(err)
-	}
-	v.gateway = &gatewayProcess{t: t, binary: binary, config: config, log: filepath.Join(dir, "gateway.log"), base: fmt.Sprintf("http://127.0.0.1:%d", port)}
-	t.Cleanup(v.gateway.release)
+	var cfg *Config
+	v.gateway, cfg = newGatewayProcess(t, fmt.Sprintf("database: {url: %q}\n", v.dsn)+convergenceConfig)
 	for i, text := range convergenceClaims {
-		c := &syncClient{t: t, name: fmt.Sprintf("%d %s", i, text), base: v.gateway.base, rng: v.rng(1000 + uint64(i)), counts: map[string]int{},
-			http: &http.Client{Transport: &http.Transport{}}, replica: replica{documents: map[string]map[string]json.RawMessage{}}}
-		c.caller, c.claims = parseSyncCaller(text)
-		if c.token, err = signToken(cfg, c.caller.sub, nil, c.claims, time.Hour); err != nil {
-			t.Fatal(err)
-		}
+		c := newSyncClient(t, cfg, v.gateway.base, fmt.Sprint(i), text, v.rng(1000+uint64(i)))
+		c.names, c.whole = c.caller.collections(), wholePairs
 		v.clients = append(v.clients, c)
-		t.Cleanup(c.http.CloseIdleConnections)
 	}
 	if err := v.gateway.start(ctx); err != nil {
 		t.Fatal(err)
@@ -261,10 +236,14 @@ func (v *convergence) compare(ctx context.Context, c *syncClient) error {
 		return err
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
+	return compareReplica(ctx, conn, c)
+}
+
+func compareReplica(ctx context.Context, conn *pgx.Conn, c *syncClient) error {
 	if _, err := conn.Exec(ctx, "SET timezone = 'UTC'; SET datestyle = 'ISO'; SET extra_float_digits = 1"); err != nil {
 		return err
 	}
-	for _, name := range c.caller.collections() {
+	for _, name := range c.names {
 		want, err := oracle(ctx, conn, c.caller, name)
 		if err != nil {
 			return fmt.Errorf("oracle of %s: %w", name, err)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"testing"
 
@@ -11,7 +12,12 @@ import (
 
 // TestMain overlooks what the HTTP server's library never ends.
 func TestMain(m *testing.M) {
-	os.Exit(pgserver.Main(m,
+	code := pgserver.Main(m,
 		goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.(*workerPool).Start.func2"),
-		goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.updateServerDate.func1")))
+		goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.updateServerDate.func1"))
+	if err := os.RemoveAll(builtGatewayDir); err != nil {
+		fmt.Fprintln(os.Stderr, "remove the gateway that the tests built:", err)
+		code = max(code, 1)
+	}
+	os.Exit(code)
 }

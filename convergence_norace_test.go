@@ -1,6 +1,0 @@
-//go:build !race
-
-package main
-
-// buildFlags: see convergence_race_test.go.
-var buildFlags []string
