@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/walgate/walgate/internal/pgserver"
 )
 
@@ -117,18 +119,7 @@ func TestFullInBoundedMemory(t *testing.T) {
 	conn := connect(t, dsn)
 	answer := g.open(t, "/sync/full?limit=all")
 	defer answer.Body.Close()
-	// The client reads nothing: what the gateway has sent fills the sockets, and then it must wait without holding anything.
-	quiet := 0
-	resyncEventually(t, "the gateway holds nothing while its client stands still", func() bool {
-		_, err := conn.Exec(t.Context(), `BEGIN; LOCK TABLE items IN ACCESS EXCLUSIVE MODE NOWAIT; ROLLBACK`)
-		if err != nil {
-			resyncExec(t, conn, `ROLLBACK`)
-		}
-		if quiet++; err != nil || resyncOpenSnapshots(t, conn) > 0 {
-			quiet = 0
-		}
-		return quiet == 100 // Half a second: a chunk takes far less.
-	})
+	awaitNothingHeld(t, conn)
 	lines := bufio.NewReaderSize(answer.Body, 64<<10)
 	most, count := uint64(0), 0
 	began := time.Now()
@@ -155,4 +146,21 @@ func TestFullInBoundedMemory(t *testing.T) {
 	if most > bound {
 		t.Errorf("the heap grew to %d MB, want at most %d MB", most>>20, bound>>20)
 	}
+}
+
+// awaitNothingHeld waits until the gateway has filled the sockets to a client that reads nothing, and then holds neither a
+// lock of items nor a snapshot.
+func awaitNothingHeld(t *testing.T, conn *pgx.Conn) {
+	t.Helper()
+	quiet := 0
+	resyncEventually(t, "the gateway holds nothing while its client stands still", func() bool {
+		_, err := conn.Exec(t.Context(), `BEGIN; LOCK TABLE items IN ACCESS EXCLUSIVE MODE NOWAIT; ROLLBACK`)
+		if err != nil {
+			resyncExec(t, conn, `ROLLBACK`)
+		}
+		if quiet++; err != nil || resyncOpenSnapshots(t, conn) > 0 {
+			quiet = 0
+		}
+		return quiet == 100 // Half a second: a chunk takes far less.
+	})
 }

@@ -3,14 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
-	"fmt"
-	"strconv"
-	"strings"
 	"time"
-
-	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/walgate/walgate/changelog"
 	"github.com/walgate/walgate/policies"
@@ -20,9 +13,6 @@ import (
 const (
 	fenceTimeout     = 10 * time.Second
 	snapshotAttempts = 4
-	fetchBytes       = 512 << 10 // what one FETCH should bring
-	fetchMost        = 2000
-	firstFetch       = 16 // rows, while their size isn't known
 )
 
 // export reads a caller's rows from the source's tables, chunk by chunk.
@@ -37,19 +27,16 @@ type export struct {
 	rows  int // limits of one chunk
 	bytes int
 	buf   []byte
-	count int // documents so far
+	parts *parts // where buf goes as it fills; nil: a page, which is kept
+	given int    // bytes of this chunk that went there
+	count int    // documents so far
 
 	first   *snapshot         // of the first chunk, until its rows are read
 	beyond  changelog.Version // not 0: some snapshot may show more than L
 	fetched int               // rows of this chunk
+	average int               // bytes of a row, about
+	file    uint32            // the storage of the table that is read in stored order
 	ended   bool              // the next row doesn't fit into this chunk
-}
-
-// snapshot is a short read-only transaction that holds the collection's table against changes of its shape.
-type snapshot struct {
-	conn    *pgxpool.Conn
-	xmax    uint64
-	running []uint64
 }
 
 // begin computes L, or checks the cursor of an earlier page.
@@ -145,10 +132,7 @@ func (x *export) done() bool {
 // fill adds the next chunk to buf: tombstones first, then documents, until a limit is reached or all is read.
 func (x *export) fill(ctx context.Context) error {
 	x.fetched, x.ended = 0, false
-	defer func() {
-		x.first.close(ctx)
-		x.first = nil
-	}()
+	defer x.drop(ctx)
 	if x.cur.Tombstones < x.cur.Last {
 		if err := x.tombstones(ctx); err != nil {
 			return err
@@ -167,7 +151,13 @@ func (x *export) fill(ctx context.Context) error {
 	return nil
 }
 
-func (x *export) full() bool { return x.ended || x.fetched >= x.rows || len(x.buf) >= x.bytes }
+func (x *export) full() bool { return x.ended || x.fetched >= x.rows || x.given+len(x.buf) >= x.bytes }
+
+// drop ends the first snapshot where nothing was read in it.
+func (x *export) drop(ctx context.Context) {
+	x.first.close(ctx)
+	x.first = nil
+}
 
 // tombstones adds what was deleted for the caller between its since and L.
 func (x *export) tombstones(ctx context.Context) error {
@@ -223,189 +213,6 @@ func sourceProblem(err error) error {
 	return (&Problem{Code: SourceUnavailable}).Because(err)
 }
 
-// open begins a snapshot. The lock comes first, for it must be held when the snapshot is taken: a rewrite or truncate that
-// commits between the two would leave an empty table to an older snapshot.
-func (x *export) open(ctx context.Context, c *policies.Collection) (*snapshot, error) {
-	conn, err := x.g.o.Source.Acquire(ctx)
-	if err != nil {
-		return nil, (&Problem{Code: SourceUnavailable}).Because(err)
-	}
-	s := &snapshot{conn: conn}
-	if err := s.begin(ctx, c); err != nil {
-		s.close(ctx)
-		return nil, sourceProblem(err)
-	}
-	return s, nil
-}
-
-func (s *snapshot) begin(ctx context.Context, c *policies.Collection) error {
-	only := "ONLY "
-	if c.Table.Kind == 'p' {
-		only = ""
-	}
-	sql := `BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL lock_timeout = '5s'; LOCK TABLE ` + only + c.Table.SQL() + ` IN ACCESS SHARE MODE`
-	if _, err := s.conn.Exec(ctx, sql, pgx.QueryExecModeSimpleProtocol); err != nil {
-		return fmt.Errorf("begin a snapshot of %s: %w", c.Table, err)
-	}
-	var text string
-	var oid uint32
-	err := s.conn.QueryRow(ctx, `SELECT pg_current_snapshot()::text, coalesce(to_regclass($1)::oid, 0)`, c.Table.SQL()).Scan(&text, &oid)
-	if err != nil {
-		return fmt.Errorf("take a snapshot of %s: %w", c.Table, err)
-	}
-	if oid != c.Table.OID {
-		return NewProblem(CollectionUnavailable, "the table of collection %s was made anew", c.Name)
-	}
-	return s.parse(text)
-}
-
-// parse reads xmin:xmax:xip_list.
-func (s *snapshot) parse(text string) (err error) {
-	part := strings.Split(text, ":")
-	if len(part) != 3 {
-		return fmt.Errorf("unexpected snapshot %q", text)
-	}
-	if s.xmax, err = strconv.ParseUint(part[1], 10, 64); err != nil {
-		return err
-	}
-	for _, id := range strings.FieldsFunc(part[2], func(r rune) bool { return r == ',' }) {
-		n, err := strconv.ParseUint(id, 10, 64)
-		if err != nil {
-			return err
-		}
-		s.running = append(s.running, n)
-	}
-	return nil
-}
-
-// close ends the snapshot; nil is let through.
-func (s *snapshot) close(ctx context.Context) {
-	if s == nil || s.conn == nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
-	defer cancel()
-	if _, err := s.conn.Exec(ctx, `ROLLBACK`); err != nil {
-		s.conn.Conn().Close(ctx) // the pool makes another
-	}
-	s.conn.Release()
-	s.conn = nil
-}
-
-// layout reads the table's columns as the snapshot's lock keeps them.
-func (s *snapshot) layout(ctx context.Context, types *schema.Types, c *policies.Collection) ([]schema.Column, error) {
-	rows, err := s.conn.Query(ctx, `SELECT attnum, attname::text, atttypid, atttypmod FROM pg_attribute
-		WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum`, c.Table.OID)
-	if err != nil {
-		return nil, err
-	}
-	var oids []uint32
-	cols, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (col schema.Column, err error) {
-		var oid uint32
-		err = r.Scan(&col.Num, &col.Name, &oid, &col.TypMod)
-		oids = append(oids, oid)
-		return col, err
-	})
-	if err != nil {
-		return nil, err
-	}
-	var unknown []uint32
-	for _, oid := range oids {
-		if types.Lookup(oid) == nil {
-			unknown = append(unknown, oid)
-		}
-	}
-	if len(unknown) > 0 {
-		if err := types.Load(ctx, s.conn, unknown...); err != nil {
-			return nil, err
-		}
-	}
-	for i, oid := range oids {
-		if cols[i].Type = types.Lookup(oid); cols[i].Type == nil {
-			return nil, fmt.Errorf("column %s of %s has a type that was dropped", cols[i].Name, c.Table)
-		}
-	}
-	return cols, nil
-}
-
-// read fetches rows after the cursor's key and appends the documents that the caller may see.
-func (s *snapshot) read(ctx context.Context, x *export, c *policies.Collection) (ended bool, err error) {
-	cols, err := s.layout(ctx, x.g.o.Types, c)
-	if err != nil {
-		return false, err
-	}
-	b, err := c.Bind(cols)
-	if err != nil {
-		return false, (&Problem{Code: CollectionUnavailable, Detail: "the table of collection " + c.Name + " changed"}).Because(err)
-	}
-	sql, params, oids, keyAt, err := selectSQL(x, c, cols)
-	if err != nil || sql == "" {
-		return true, err
-	}
-	pg := s.conn.Conn().PgConn()
-	if res := pg.ExecParams(ctx, "DECLARE walgate_rows NO SCROLL CURSOR FOR "+sql, params, oids, nil, nil).Read(); res.Err != nil {
-		var pg *pgconn.PgError
-		if x.cur.Key != nil && errors.As(res.Err, &pg) && strings.HasPrefix(pg.Code, "22") { // the key is no value of its column
-			return false, (&Problem{Code: InvalidCursor, Detail: "send X-Sync-Cursor as it was received"}).Because(res.Err)
-		}
-		return false, fmt.Errorf("read %s: %w", c.Table, res.Err)
-	}
-	size, had := 0, 0
-	for !x.full() {
-		n := min(fetchMost, x.rows-x.fetched)
-		if had > 0 {
-			n = min(n, max(1, fetchBytes*had/max(1, size)))
-		} else {
-			n = min(n, firstFetch)
-		}
-		rows, bytes, err := s.fetch(ctx, pg, x, c, b, n, keyAt)
-		if err != nil {
-			return false, err
-		}
-		had, size = had+rows, size+bytes
-		if rows < n && !x.ended {
-			return true, nil
-		}
-	}
-	return false, nil
-}
-
-// fetch reads n rows and returns how many there were and their size. It keeps those that fit into the chunk; what comes
-// behind them is read again with the next one.
-func (s *snapshot) fetch(ctx context.Context, pg *pgconn.PgConn, x *export, c *policies.Collection, b *policies.Binding, n int, keyAt []int) (rows, bytes int, err error) {
-	rr := pg.ExecParams(ctx, "FETCH "+strconv.Itoa(n)+" FROM walgate_rows", nil, nil, nil, nil)
-	var failed error
-	kept, key := 0, make([][]byte, len(keyAt))
-	for rr.NextRow() {
-		row := schema.Row(rr.Values())
-		rows++
-		for _, v := range row {
-			bytes += len(v)
-		}
-		if failed != nil || x.ended {
-			continue
-		}
-		if failed = x.appendRow(c, b, row); failed != nil || x.ended {
-			continue
-		}
-		kept++
-		for i, at := range keyAt {
-			key[i] = append(key[i][:0], row[at]...)
-		}
-	}
-	if _, err := rr.Close(); err != nil {
-		return rows, bytes, fmt.Errorf("read %s: %w", c.Table, err)
-	}
-	if kept > 0 {
-		x.cur.Key = make([]string, len(key))
-		for i, k := range key {
-			x.cur.Key[i] = string(k)
-		}
-	}
-	x.fetched += kept
-	return rows, bytes, failed
-}
-
 // appendRow appends the document of a row that the caller may see. One that exceeds the chunk's bytes ends it, unless it
 // is the first.
 func (x *export) appendRow(c *policies.Collection, b *policies.Binding, row schema.Row) error {
@@ -429,11 +236,14 @@ func (x *export) appendRow(c *policies.Collection, b *policies.Binding, row sche
 		return err
 	}
 	x.buf = append(x.buf, "}\n"...)
-	if len(x.buf) > x.bytes && from > 0 {
+	if x.given+len(x.buf) > x.bytes && x.given+from > 0 {
 		x.buf, x.ended = x.buf[:from], true
 		return nil
 	}
 	x.count++
+	if len(x.buf) >= partBytes {
+		x.handOver(false)
+	}
 	return nil
 }
 
@@ -442,49 +252,4 @@ func appendDocIDString(dst []byte, b *policies.Binding, row schema.Row) ([]byte,
 	var room [128]byte
 	id, err := b.AppendDocID(room[:0], row)
 	return schema.AppendString(dst, id), err
-}
-
-// selectSQL makes the query of a collection's rows after the cursor's key; "" where the caller's scopes match nothing.
-func selectSQL(x *export, c *policies.Collection, cols []schema.Column) (sql string, params [][]byte, oids []uint32, keyAt []int, err error) {
-	var names, keys []string
-	for _, col := range cols {
-		names = append(names, pgx.Identifier{col.Name}.Sanitize())
-	}
-	for _, k := range c.Table.Key {
-		name := c.Table.Columns[k].Name
-		at := -1
-		for i := range cols {
-			if cols[i].Name == name {
-				at = i
-			}
-		}
-		if at < 0 {
-			return "", nil, nil, nil, NewProblem(CollectionUnavailable, "the key of collection %s changed", c.Name)
-		}
-		keyAt = append(keyAt, at)
-		keys = append(keys, names[at])
-	}
-	predicate, args := x.feed.caller.ScopeSQL(c, 1)
-	if predicate == "false" {
-		return "", nil, nil, nil, nil
-	}
-	for _, a := range args {
-		params, oids = append(params, []byte(a)), append(oids, 0)
-	}
-	if key := x.cur.Key; key != nil {
-		if len(key) != len(keys) {
-			return "", nil, nil, nil, &Problem{Code: CursorExpired, Detail: "the key of a collection changed since the first page"}
-		}
-		var at []string
-		for i, k := range key {
-			params, oids = append(params, []byte(k)), append(oids, cols[keyAt[i]].Type.OID)
-			at = append(at, "$"+strconv.Itoa(len(params)))
-		}
-		predicate = "(" + predicate + ") AND (" + strings.Join(keys, ", ") + ") > (" + strings.Join(at, ", ") + ")"
-	}
-	from := " FROM ONLY "
-	if c.Table.Kind == 'p' {
-		from = " FROM "
-	}
-	return "SELECT " + strings.Join(names, ", ") + from + c.Table.SQL() + " WHERE " + predicate + " ORDER BY " + strings.Join(keys, ", "), params, oids, keyAt, nil
 }

@@ -1,12 +1,10 @@
 package gateway
 
 import (
-	"bufio"
 	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -14,18 +12,12 @@ import (
 	"time"
 
 	"github.com/gofiber/fiber/v2"
-	"golang.org/x/sync/errgroup"
-
 	"github.com/walgate/walgate/changelog"
 )
 
 const (
-	fullDefault  = 1000
-	fullMost     = 10_000
-	chunkRows    = 10_000 // of one snapshot
-	chunkBytes   = 4 << 20
-	streamWrite  = 30 * time.Second // how long a client of limit=all may stand still
-	fullTimeMost = 2 * time.Hour
+	fullDefault = 1000
+	fullMost    = 10_000
 	// fullAdmission is how long a request waits for its turn before it is sent away: a page's turn comes in milliseconds.
 	fullAdmission = 2 * time.Second
 )
@@ -158,94 +150,6 @@ func (g *Gateway) fullPage(ctx context.Context, c *fiber.Ctx, f *feed, r fullReq
 	}
 	enc.header(c)
 	return c.Send(body)
-}
-
-// fullAll streams everything in one answer. Each chunk is read in a snapshot of its own, and no snapshot, lock or
-// connection is held while the client reads.
-func (g *Gateway) fullAll(c *fiber.Ctx, f *feed, r fullRequest, enc encoding, release func()) error {
-	ctx, cancel := context.WithTimeout(g.working, fullTimeMost)
-	x := &export{g: g, feed: f, rows: chunkRows, bytes: chunkBytes}
-	if err := x.begin(ctx, r.since); err != nil {
-		cancel()
-		release()
-		return err
-	}
-	x.headers(c)
-	enc.header(c)
-	conn := c.Context().Conn()
-	c.Context().SetBodyStreamWriter(func(w *bufio.Writer) {
-		defer release()
-		defer cancel()
-		if err := x.streamAll(ctx, w, enc, func() { conn.SetWriteDeadline(time.Now().Add(g.limits.fullWrite)) }); err != nil && ctx.Err() == nil {
-			g.o.Logger.Warn("a full resync was cut short; its client sees no end line and starts anew", "error", err)
-		}
-	})
-	return nil
-}
-
-// streamAll writes chunk after chunk. While one is compressed and sent, the next is read, so that the source and the
-// client don't wait for each other in turn; at most two chunks are held.
-func (x *export) streamAll(ctx context.Context, w *bufio.Writer, enc encoding, alive func()) error {
-	chunks, spare := make(chan []byte), make(chan []byte, 2)
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return x.readAll(ctx, chunks, spare) })
-	g.Go(func() error {
-		out := enc.writer(w)
-		for {
-			var b []byte
-			var more bool
-			select {
-			case b, more = <-chunks:
-			case <-ctx.Done(): // reading failed: without its end, a client sees that the answer was cut short
-				return ctx.Err()
-			}
-			if !more {
-				return errors.Join(out.Close(), w.Flush())
-			}
-			alive()
-			if _, err := out.Write(b); err != nil {
-				return err
-			}
-			if err := errors.Join(out.Flush(), w.Flush()); err != nil {
-				return err
-			}
-			spare <- b
-		}
-	})
-	return g.Wait()
-}
-
-// readAll hands over every chunk, the end line with the last one, and closes chunks once it is out.
-func (x *export) readAll(ctx context.Context, chunks chan<- []byte, spare <-chan []byte) error {
-	for last := false; !last; {
-		if err := x.fill(ctx); err != nil {
-			return err
-		}
-		if last = x.done(); last {
-			settles, err := x.settle(ctx)
-			if err != nil {
-				return err
-			}
-			x.buf = fmt.Appendf(x.buf, `{"end":true,"count":%d,"last_seq":"%s"`, x.count, x.feed.cursor(x.cur.Last, x.cur.History))
-			if settles != 0 {
-				x.buf = fmt.Appendf(x.buf, `,"settles":"%s"`, x.feed.cursor(settles, x.cur.History))
-			}
-			x.buf = append(x.buf, "}\n"...)
-		}
-		select {
-		case chunks <- x.buf:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		select {
-		case b := <-spare:
-			x.buf = b[:0]
-		default:
-			x.buf = nil
-		}
-	}
-	close(chunks)
-	return nil
 }
 
 // headers sets what is the same on every page.

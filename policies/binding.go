@@ -174,6 +174,9 @@ func (b *Binding) AppendDocument(dst []byte, row schema.Row) ([]byte, error) {
 	return append(out, '}'), nil
 }
 
+// Width is the number of columns of the rows that it reads.
+func (b *Binding) Width() int { return len(b.columns) }
+
 func (b *Binding) check(row schema.Row) error {
 	if len(row) != len(b.columns) {
 		return fmt.Errorf("collection %s: a row has %d columns where its layout has %d: bind the new layout first",

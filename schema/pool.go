@@ -33,6 +33,7 @@ func OpenPool(ctx context.Context, url string, maxConns int) (*pgxpool.Pool, err
 	for _, s := range append(append([]Setting{}, SessionSettings...), SnapshotSettings...) {
 		params[s.Name] = s.Value
 	}
+	params["jit"] = "off" // would compile each chunk of a large table anew
 	params["client_encoding"] = ClientEncoding(encoding)
 	for _, name := range []string{"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"} {
 		params[name] = "0" // what a role sets for the application; here a context bounds each call
