@@ -13,14 +13,15 @@ import (
 const owners = 1000
 
 func runDrain(ctx context.Context, b *bench) ([]result, error) {
-	return drain(ctx, b, b.rows, "rows", func(d *database) error { return d.load(ctx, b.rows, owners) })
+	n := b.of(500_000)
+	return drain(ctx, b, n, result{name: "rows logged", wanted: 100_000, share: 0.7}, func(d *database) error { return d.load(ctx, 1, n, owners) })
 }
 
 // runUpdates makes the transactions within the server, which is the fastest way to get so many small ones.
 func runUpdates(ctx context.Context, b *bench) ([]result, error) {
-	n := b.rows / 5
-	return drain(ctx, b, n, "one-row transactions", func(d *database) error {
-		if err := d.load(ctx, n, owners); err != nil {
+	n := b.of(200_000)
+	return drain(ctx, b, n, result{name: "one-row transactions logged", wanted: 50_000}, func(d *database) error {
+		if err := d.load(ctx, 1, n, owners); err != nil {
 			return err
 		}
 		if err := d.skip(ctx); err != nil {
@@ -46,10 +47,19 @@ const updateEach = `DO $$
 	END $$`
 
 func runLarge(ctx context.Context, b *bench) ([]result, error) {
-	return drain(ctx, b, b.rows, "rows", func(d *database) error {
-		_, err := d.Exec(ctx, fmt.Sprintf(rowsSQL, owners, 0, b.rows-1))
-		return err
-	})
+	n := b.of(1_000_000)
+	results, err := drain(ctx, b, n, result{name: "rows logged", wanted: 60_000}, func(d *database) error { return d.insert(ctx, n) })
+	if err != nil {
+		return nil, err
+	}
+	results[1].wanted = 150
+	return results, nil
+}
+
+// insert makes rows in one transaction.
+func (d *database) insert(ctx context.Context, count int) error {
+	_, err := d.Exec(ctx, fmt.Sprintf(rowsSQL, owners, 1, count))
+	return err
 }
 
 // skip moves both slots past what was written so far.
@@ -64,7 +74,7 @@ func (d *database) skip(ctx context.Context) error {
 
 // drain writes a backlog while nobody reads, then lets first the bare pipe and then walgate read it. Neither meets the
 // WAL of its own log on the way: it lies behind the backlog.
-func drain(ctx context.Context, b *bench, count int, unit string, write func(*database) error) (results []result, err error) {
+func drain(ctx context.Context, b *bench, count int, r result, write func(*database) error) (results []result, err error) {
 	d, err := b.newDatabase(ctx, scoped)
 	if err != nil {
 		return nil, err
@@ -85,8 +95,10 @@ func drain(ctx context.Context, b *bench, count int, unit string, write func(*da
 	if err != nil {
 		return nil, err
 	}
-	note := fmt.Sprintf("%d %s; walgate's peak %.0f MB", count, unit, d.gateway.peakMemory())
-	return []result{{name: unit + " logged", walgate: float64(count) / walgate.Seconds(), bare: float64(count) / bare.Seconds(), unit: "/s", note: note}}, nil
+	r.walgate, r.bare, r.unit = float64(count)/walgate.Seconds(), float64(count)/bare.Seconds(), "/s"
+	r.note = fmt.Sprintf("%d of them; walgate took %.1f s of CPU", count, d.gateway.cpu().Seconds())
+	peak := result{name: "peak memory", walgate: d.gateway.peakMemory(), unit: "MB", less: true}
+	return []result{r, peak}, nil
 }
 
 func (d *database) drainBare(ctx context.Context, target string, count int) (time.Duration, error) {

@@ -7,69 +7,111 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"slices"
-	"strconv"
 	"strings"
+	"syscall"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 )
 
 const (
-	fanOutRounds = 15
+	fanOutOnes   = 15 // rounds with one change
+	fanOutBursts = 5  // rounds with many
 	fanOutBurst  = 20 // changes in one transaction
 )
 
-var fanOutSizes = []int{1000, 5000}
+// fanOutSizes are the numbers of sockets.
+func (o options) fanOutSizes() []int { return []int{o.sockets / 10, o.sockets / 2, o.sockets} }
 
 func runFanOut(ctx context.Context, b *bench) ([]result, error) {
-	bare, err := bareFanOut(ctx)
+	bare, err := b.bareFanOut(ctx)
 	if err != nil {
 		return nil, err
 	}
-	results, err := fanOutToAll(ctx, b, bare)
+	walgate, err := b.fanOutToAll(ctx)
 	if err != nil {
 		return nil, err
 	}
-	one, err := fanOutToOne(ctx, b, fanOutSizes[len(fanOutSizes)-1])
-	return append(results, one...), err
+	var results []result
+	for i, n := range b.fanOutSizes() {
+		w, l := walgate.times[i], bare.times[i]
+		one := result{name: fmt.Sprintf("1 change to %d sockets", n), unit: "frames/s", walgate: float64(n) / w.one.Seconds(), bare: float64(n) / l.one.Seconds(),
+			note: fmt.Sprintf("the client took %.2f of a core, beside the bare limit %.2f", w.client, l.client)}
+		if n == b.sockets {
+			one.wanted, one.share = 100_000, 0.8
+		}
+		results = append(results, one, result{name: fmt.Sprintf("%d changes to %d sockets", fanOutBurst, n), unit: "frames/s",
+			walgate: float64(fanOutBurst*n) / w.burst.Seconds(), bare: float64(fanOutBurst*n) / l.burst.Seconds()})
+	}
+	each := func(m fanMemory) (idle, after float64) {
+		return (m.idle - m.before) * 1024 / float64(b.sockets), (m.after - m.before) * 1024 / float64(b.sockets)
+	}
+	idle, after := each(walgate.memory)
+	bareIdle, bareAfter := each(bare.memory)
+	return append(results,
+		result{name: "memory of an idle socket", walgate: idle, bare: bareIdle, unit: "KB", less: true, wanted: 25,
+			note: fmt.Sprintf("RSS: %.0f MB before, %.0f MB with %d sockets", walgate.memory.before, walgate.memory.idle, b.sockets)},
+		result{name: "memory of a socket after the broadcasts", walgate: after, bare: bareAfter, unit: "KB", less: true,
+			note: fmt.Sprintf("RSS: %.0f MB", walgate.memory.after)}), nil
 }
 
 // fanTimes are the times that one change, and a burst of them, take to reach all sockets.
-type fanTimes struct{ one, burst time.Duration }
+type fanTimes struct {
+	one, burst time.Duration
+	client     float64 // the share of a core that the client took for single changes
+}
+
+// fanMemory is what the server's process held, in megabytes.
+type fanMemory struct{ before, idle, after float64 }
+
+type fanOut struct {
+	times  []fanTimes
+	memory fanMemory
+}
+
+// ownCPU returns the processor time of this process.
+func ownCPU() time.Duration {
+	var u syscall.Rusage
+	if syscall.Getrusage(syscall.RUSAGE_SELF, &u) != nil {
+		return 0
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
 
 // rounds sends changes to all of n sockets and waits for the last frame each time.
 func (s *sockets) rounds(ctx context.Context, send func(changes int) error) (t fanTimes, err error) {
-	n, want := int64(len(s.conns)), s.changes.Load()
-	round := func(changes int) (time.Duration, error) {
+	n, want := int64(s.len()), s.changes.Load()
+	round := func(changes int) (float64, error) {
 		want += n * int64(changes)
 		began := time.Now()
 		if err := send(changes); err != nil {
 			return 0, err
 		}
 		err := s.wait(ctx, &s.changes, want)
-		return time.Since(began), err
+		return float64(time.Since(began)), err
 	}
-	var ones, bursts []time.Duration
-	for i := range 2 * fanOutRounds {
-		changes, list := 1, &ones
-		if i >= fanOutRounds {
-			changes, list = fanOutBurst, &bursts
-		}
-		took, err := round(changes)
+	var ones, bursts []float64
+	began, cpu := time.Now(), ownCPU()
+	for range fanOutOnes {
+		took, err := round(1)
 		if err != nil {
 			return t, err
 		}
-		*list = append(*list, took)
+		ones = append(ones, took)
 	}
-	slices.Sort(ones)
-	slices.Sort(bursts)
-	return fanTimes{ones[len(ones)/2], bursts[len(bursts)/2]}, nil
+	t.client = (ownCPU() - cpu).Seconds() / time.Since(began).Seconds()
+	for range fanOutBursts {
+		took, err := round(fanOutBurst)
+		if err != nil {
+			return t, err
+		}
+		bursts = append(bursts, took)
+	}
+	t.one, t.burst = time.Duration(median(ones)), time.Duration(median(bursts))
+	return t, nil
 }
 
 // fanOutToAll lets everybody see everything. walgate's times begin before COMMIT and hold the whole way through WAL and
 // log; those of the bare broadcast begin before asking the server for it.
-func fanOutToAll(ctx context.Context, b *bench, bare []fanTimes) (results []result, err error) {
+func (b *bench) fanOutToAll(ctx context.Context) (f *fanOut, err error) {
 	d, err := b.newDatabase(ctx, open)
 	if err != nil {
 		return nil, err
@@ -78,92 +120,34 @@ func fanOutToAll(ctx context.Context, b *bench, bare []fanTimes) (results []resu
 	if err := d.caughtUp(ctx); err != nil {
 		return nil, err
 	}
-	clients := newSockets(nil)
+	clients, err := newSockets(nil)
+	if err != nil {
+		return nil, err
+	}
 	defer func() { err = errors.Join(err, clients.close()) }()
-	for i, n := range fanOutSizes {
-		since, err := d.gateway.position(ctx, "1")
+	f = &fanOut{}
+	f.memory.before = d.gateway.memory()
+	for _, n := range b.fanOutSizes() {
+		since, err := d.gateway.anyonesPosition(ctx)
 		if err != nil {
 			return nil, err
 		}
-		for len(clients.conns) < n {
-			if err := clients.subscribe(ctx, d.gateway, "1", since); err != nil {
-				return nil, err
-			}
-		}
-		if err := clients.wait(ctx, &clients.ready, int64(n)); err != nil {
+		if err := clients.follow(ctx, d.gateway, n, since, func(int) string { return "1" }); err != nil {
 			return nil, err
 		}
-		t, err := clients.rounds(ctx, func(changes int) error {
-			_, err := d.Exec(ctx, fmt.Sprintf(rowsSQL, 1, 1, changes))
-			return err
-		})
+		f.memory.idle = d.gateway.memory()
+		t, err := clients.rounds(ctx, func(changes int) error { return d.insert(ctx, changes) })
 		if err != nil {
 			return nil, err
 		}
-		note := fmt.Sprintf("walgate holds %.0f MB", processMemory(d.gateway.process.Process.Pid, "VmRSS:"))
-		results = append(results,
-			result{name: fmt.Sprintf("1 change to %d sockets", n), walgate: float64(n) / t.one.Seconds(), bare: float64(n) / bare[i].one.Seconds(), unit: "changes/s", note: note},
-			result{name: fmt.Sprintf("%d changes to %d sockets", fanOutBurst, n), walgate: float64(fanOutBurst*n) / t.burst.Seconds(), bare: float64(fanOutBurst*n) / bare[i].burst.Seconds(), unit: "changes/s"})
+		f.times = append(f.times, t)
 	}
-	return results, nil
-}
-
-// fanOutToOne gives each socket an owner of its own, and each change to one of them.
-func fanOutToOne(ctx context.Context, b *bench, n int) (results []result, err error) {
-	d, err := b.newDatabase(ctx, scoped)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, d.drop(ctx)) }()
-	bare, err := d.bareLatency(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if err := d.caughtUp(ctx); err != nil {
-		return nil, err
-	}
-	positions, err := d.positions(ctx, n)
-	if err != nil {
-		return nil, err
-	}
-	p := paces[0]
-	watch := newStopwatch(p.rate * p.seconds)
-	clients := newSockets(watch.arrive)
-	defer func() { err = errors.Join(err, clients.close()) }()
-	for i, since := range positions {
-		if err := clients.subscribe(ctx, d.gateway, strconv.Itoa(i), since); err != nil {
-			return nil, err
-		}
-	}
-	if err := clients.wait(ctx, &clients.ready, int64(n)); err != nil {
-		return nil, err
-	}
-	if err := watch.pace(ctx, d.dsn, p.rate, p.rate*p.seconds); err != nil {
-		return nil, err
-	}
-	for _, percent := range []int{50, 99} {
-		results = append(results, result{name: fmt.Sprintf("1 change to 1 of %d sockets, p%d", n, percent), unit: "ms", less: true,
-			walgate: watch.percentile(percent), bare: bare[0].percentile(percent)})
-	}
-	return results, nil
-}
-
-// positions returns where each of n subjects begins: a cursor is bound to its caller's scopes.
-func (d *database) positions(ctx context.Context, n int) ([]string, error) {
-	positions := make([]string, n)
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(4)
-	for i := range positions {
-		g.Go(func() (err error) {
-			positions[i], err = d.gateway.position(ctx, strconv.Itoa(i))
-			return err
-		})
-	}
-	return positions, g.Wait()
+	f.memory.after = d.gateway.memory()
+	return f, nil
 }
 
 // bareFanOut measures the bare broadcast, in a process of its own.
-func bareFanOut(ctx context.Context) (times []fanTimes, err error) {
+func (b *bench) bareFanOut(ctx context.Context) (f *fanOut, err error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -185,20 +169,28 @@ func bareFanOut(ctx context.Context) (times []fanTimes, err error) {
 		stdin.Close()
 		err = errors.Join(err, server.Wait())
 	}()
-	line := make([]byte, 100)
-	length, err := stdout.Read(line)
+	text := make([]byte, 100)
+	length, err := stdout.Read(text)
 	if err != nil {
 		return nil, fmt.Errorf("the bare server did not start: %w", err)
 	}
-	base := strings.TrimSpace(string(line[:length]))
-	clients := newSockets(nil)
+	base := strings.TrimSpace(string(text[:length]))
+	clients, err := newSockets(nil)
+	if err != nil {
+		return nil, err
+	}
 	defer func() { err = errors.Join(err, clients.close()) }()
-	for _, n := range fanOutSizes {
-		for len(clients.conns) < n {
-			if err := clients.connect(ctx, base, "/stream", "", ""); err != nil {
-				return nil, err
-			}
+	memory := func() float64 { return processMemory(server.Process.Pid, "VmRSS:") }
+	f = &fanOut{}
+	f.memory.before = memory()
+	for _, n := range b.fanOutSizes() {
+		err := clients.connectAll(ctx, n, func(ctx context.Context, _ int) (*socket, error) {
+			return clients.connect(ctx, base, "/stream", "", "")
+		})
+		if err != nil {
+			return nil, err
 		}
+		f.memory.idle = memory()
 		t, err := clients.rounds(ctx, func(changes int) error {
 			return until(ctx, func() (bool, error) { // the last socket may still be on its way into the server's list
 				response, err := http.Get(fmt.Sprintf("%s/broadcast?sockets=%d&changes=%d", base, n, changes))
@@ -211,7 +203,8 @@ func bareFanOut(ctx context.Context) (times []fanTimes, err error) {
 		if err != nil {
 			return nil, err
 		}
-		times = append(times, t)
+		f.times = append(f.times, t)
 	}
-	return times, nil
+	f.memory.after = memory()
+	return f, nil
 }

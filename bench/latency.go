@@ -17,14 +17,22 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// paces are the commits a second and for how many seconds, at which latency is taken.
-var paces = []struct{ rate, seconds int }{{50, 6}, {1000, 4}}
+// pace is how many commits a second, and what their latency is to be at most, in milliseconds; 0: nothing in particular.
+type pace struct {
+	rate, count int
+	p50, p99    float64
+}
+
+func (b *bench) paces() []pace {
+	return []pace{{50, max(300, int(1000*b.scale)), 1.5, 5}, {1000, max(4000, b.of(10_000)), 0, 10}}
+}
 
 // writers share the commits, so that one slow commit holds up only its own.
 const writers = 4
 
-// stopwatch takes the time from sending a row's COMMIT to its arrival. Rows are told apart by their owner.
+// stopwatch takes the time from sending a row's COMMIT to its arrival. Rows are told apart by their title.
 type stopwatch struct {
+	owners  int // the rows go round so many owners
 	mu      sync.Mutex
 	sent    map[int]time.Time
 	took    []time.Duration
@@ -32,7 +40,7 @@ type stopwatch struct {
 }
 
 func newStopwatch(rows int) *stopwatch {
-	return &stopwatch{sent: map[int]time.Time{}, arrived: make(chan struct{}, rows)}
+	return &stopwatch{owners: 1, sent: map[int]time.Time{}, arrived: make(chan struct{}, rows)}
 }
 
 func (w *stopwatch) send(row int) {
@@ -41,10 +49,10 @@ func (w *stopwatch) send(row int) {
 	w.sent[row] = time.Now()
 }
 
-// arrive finds the row's owner in its JSON.
+// arrive finds the row's number in its JSON.
 func (w *stopwatch) arrive(document []byte, at time.Time) {
-	_, rest, _ := bytes.Cut(document, []byte(`"owner":`))
-	end := bytes.IndexByte(rest, ',')
+	_, rest, _ := bytes.Cut(document, []byte(`"title":"paced `))
+	end := bytes.IndexByte(rest, '"')
 	if end < 0 {
 		return
 	}
@@ -77,7 +85,7 @@ func (w *stopwatch) percentile(p int) float64 {
 
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// pace commits rows one by one at a rate, the owners counting from 0, and waits until all have arrived.
+// pace commits rows one by one at a rate, one owner after the other, and waits until all have arrived.
 func (w *stopwatch) pace(ctx context.Context, dsn string, rate, count int) error {
 	body := strings.Repeat("a sentence. ", 14)
 	began := time.Now()
@@ -91,7 +99,7 @@ func (w *stopwatch) pace(ctx context.Context, dsn string, rate, count int) error
 			defer conn.Close(context.WithoutCancel(ctx))
 			for row := first; row < count; row += writers {
 				time.Sleep(time.Until(began.Add(time.Duration(row) * time.Second / time.Duration(rate))))
-				insert := fmt.Sprintf("BEGIN; INSERT INTO items (owner, title, body) VALUES (%d, 'paced', '%s')", row, body)
+				insert := fmt.Sprintf("BEGIN; INSERT INTO items (owner, title, body) VALUES (%d, 'paced %d', '%s')", row%w.owners, row, body)
 				if _, err := conn.PgConn().Exec(ctx, insert).ReadAll(); err != nil {
 					return err
 				}
@@ -123,34 +131,33 @@ func runLatency(ctx context.Context, b *bench) (results []result, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, d.drop(ctx)) }()
-	bare, err := d.bareLatency(ctx)
+	bare, err := d.bareLatency(ctx, b.paces())
 	if err != nil {
 		return nil, err
 	}
 	if err := d.caughtUp(ctx); err != nil {
 		return nil, err
 	}
-	since, err := d.gateway.position(ctx, "1")
+	since, err := d.gateway.anyonesPosition(ctx)
 	if err != nil {
 		return nil, err
 	}
-	for i, p := range paces {
-		watch := newStopwatch(p.rate * p.seconds)
-		client := newSockets(watch.arrive)
-		if err := client.subscribe(ctx, d.gateway, "1", since); err != nil {
+	for i, p := range b.paces() {
+		watch := newStopwatch(p.count)
+		client, err := newSockets(watch.arrive)
+		if err != nil {
 			return nil, err
 		}
-		err := client.wait(ctx, &client.ready, 1)
+		err = client.follow(ctx, d.gateway, 1, since, func(int) string { return "1" })
 		if err == nil {
-			err = watch.pace(ctx, d.dsn, p.rate, p.rate*p.seconds)
+			err = watch.pace(ctx, d.dsn, p.rate, p.count)
 		}
 		if err := errors.Join(err, client.close()); err != nil {
 			return nil, err
 		}
-		for _, percent := range []int{50, 99} {
-			results = append(results, result{name: fmt.Sprintf("%d commits/s, p%d", p.rate, percent), unit: "ms", less: true,
-				walgate: watch.percentile(percent), bare: bare[i].percentile(percent)})
-		}
+		results = append(results,
+			result{name: fmt.Sprintf("%d commits/s, p50", p.rate), unit: "ms", less: true, wanted: p.p50, walgate: watch.percentile(50), bare: bare[i].percentile(50), note: fmt.Sprintf("%d commits", p.count)},
+			result{name: fmt.Sprintf("%d commits/s, p99", p.rate), unit: "ms", less: true, wanted: p.p99, walgate: watch.percentile(99), bare: bare[i].percentile(99)})
 	}
 	return results, nil
 }
@@ -171,45 +178,61 @@ func (d *database) caughtUp(ctx context.Context) error {
 }
 
 // bareLatency lets the bare pipe pass rows on to a TCP client at each pace.
-func (d *database) bareLatency(ctx context.Context) ([]*stopwatch, error) {
+func (d *database) bareLatency(ctx context.Context, paces []pace) (watches []*stopwatch, err error) {
+	var mu sync.Mutex
+	var current *stopwatch
+	pipe, err := d.startBarePipe(ctx, func(line []byte, at time.Time) {
+		mu.Lock()
+		watch := current
+		mu.Unlock()
+		watch.arrive(line, at)
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, pipe.stop()) }()
+	for _, p := range paces {
+		watch := newStopwatch(p.count)
+		mu.Lock()
+		current = watch
+		mu.Unlock()
+		if err := watch.pace(ctx, d.dsn, p.rate, p.count); err != nil {
+			return nil, err
+		}
+		watches = append(watches, watch)
+	}
+	return watches, nil
+}
+
+// runningPipe is a bare pipe with its client.
+type runningPipe struct{ stop func() error }
+
+// startBarePipe lets the bare pipe read from now on; its client calls onLine, on one goroutine.
+func (d *database) startBarePipe(ctx context.Context, onLine func(line []byte, at time.Time)) (*runningPipe, error) {
 	client, server, err := loopback()
 	if err != nil {
 		return nil, err
 	}
-	defer client.Close()
-	defer server.Close()
-	var mu sync.Mutex
-	var current *stopwatch
 	go func() {
 		for lines := bufio.NewReaderSize(client, 64<<10); ; {
 			line, err := lines.ReadSlice('\n')
 			if err != nil {
 				return
 			}
-			mu.Lock()
-			watch := current
-			mu.Unlock()
-			watch.arrive(line, time.Now())
+			onLine(line, time.Now())
 		}
 	}()
 	piping, stop := context.WithCancel(ctx)
-	defer stop()
 	piped := make(chan error, 1)
 	pipe := &barePipe{dsn: d.dsn, slot: d.bareSlot(), least: 1, client: server}
 	go func() { piped <- pipe.run(piping) }()
-	var watches []*stopwatch
-	for _, p := range paces {
-		watch := newStopwatch(p.rate * p.seconds)
-		mu.Lock()
-		current = watch
-		mu.Unlock()
-		if err := watch.pace(ctx, d.dsn, p.rate, p.rate*p.seconds); err != nil {
-			return nil, err
-		}
-		watches = append(watches, watch)
-	}
-	stop()
-	return watches, <-piped
+	return &runningPipe{stop: func() error {
+		stop()
+		err := <-piped
+		client.Close()
+		server.Close()
+		return err
+	}}, nil
 }
 
 // loopback returns the two ends of a TCP connection.

@@ -19,32 +19,33 @@ import (
 	"time"
 )
 
-// result is one line of the table.
-type result struct {
-	name    string
-	walgate float64
-	bare    float64 // 0: there is nothing to compare with
-	unit    string
-	less    bool   // less is better
-	note    string // of the run that it came from
-}
-
 // path is one of the things to measure; run measures it once.
 type path struct {
 	name string
 	what string
 	run  func(ctx context.Context, b *bench) ([]result, error)
+	logs bool // it uses the big logs, which are kept until a path comes that doesn't
 }
 
 var paths = []path{
-	{"drain", "a backlog of inserts, 1000 a transaction, into the log", runDrain},
-	{"updates", "a backlog of one-row transactions into the log", runUpdates},
-	{"large", "one transaction of all rows into the log", runLarge},
-	{"latency", "from sending COMMIT to the client's frame", runLatency},
-	{"full", "a full resync over HTTP", runFull},
-	{"pull", "a page of the few changes that a caller may see", runPull},
-	{"fanout", "one change to many sockets", runFanOut},
+	{"drain", "a backlog of inserts, 1000 a transaction, into the log", runDrain, false},
+	{"updates", "a backlog of one-row transactions into the log", runUpdates, false},
+	{"live", "one-row transactions by eight clients, under way", runLive, false},
+	{"large", "one transaction of all rows into the log", runLarge, false},
+	{"latency", "from sending COMMIT to the client's frame", runLatency, false},
+	{"full", "a full resync over HTTP", runFull, false},
+	{"pull", "a page of the few changes that a caller may see", runPull, true},
+	{"start", "from the start of the process to /readyz", runStart, true},
+	{"storm", "memory: many clients pull at once after a restart", runStorm, true},
+	{"fanout", "one change to many sockets, and what idle sockets hold", runFanOut, false},
+	{"one", "a change for one of few and of many sockets", runOne, false},
+	{"huge", "memory: one transaction of twice as many rows", runHuge, false},
+	{"giant", "memory: a row of 50 MB on every way", runGiant, false},
+	{"slow", "memory: sockets that don't read for a while", runSlow, false},
 }
+
+// fullScale is the scale of the figures in docs/performance.md.
+const fullScale = 1
 
 func main() {
 	if len(os.Args) > 1 && os.Args[1] == bareFanOutCommand { // The limit of fan-out needs a process of its own too.
@@ -55,12 +56,20 @@ func main() {
 		return
 	}
 	var o options
-	flag.IntVar(&o.rows, "rows", 200_000, "rows of a run; updates uses a fifth of them, pull up to ten times as many")
+	flag.Float64Var(&o.scale, "scale", 0.2, "size of the work: 1 is a backlog of 500,000 rows, a log of 5 million, a resync of a million")
+	full := flag.Bool("full", false, "the same as -scale 1")
+	flag.IntVar(&o.sockets, "sockets", 10_000, "WebSockets of the largest fan-out")
 	flag.IntVar(&o.runs, "runs", 1, "runs of each path; the table shows the medians")
 	flag.IntVar(&o.major, "pg", 0, "PostgreSQL's major version; 0: the newest on this machine")
 	flag.StringVar(&o.binary, "binary", "", "walgate binary to measure; empty: build this tree's")
+	flag.StringVar(&o.recorded, "recorded", "bench/recorded.json", "file with the ratios to compare with")
+	flag.BoolVar(&o.record, "record", false, "write the ratios into that file; needs -runs 3 or more, for their spread is the noise")
+	flag.BoolVar(&o.strict, "strict", false, "exit with 1 where a ratio is worse than the recorded one by more than its noise")
 	only := flag.String("run", "", "paths to measure, with commas; empty: all of "+names())
 	flag.Parse()
+	if *full {
+		o.scale = fullScale
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, o, *only); err != nil {
@@ -78,17 +87,32 @@ func names() string {
 	return strings.Join(all, ",")
 }
 
-func run(ctx context.Context, o options, only string) (err error) {
-	chosen := paths
-	if only != "" {
-		want := strings.Split(only, ",")
-		chosen = slices.DeleteFunc(slices.Clone(paths), func(p path) bool { return !slices.Contains(want, p.name) })
-		if len(chosen) != len(want) {
-			return fmt.Errorf("-run %s names a path that doesn't exist: there are %s", only, names())
-		}
+func choose(only string) ([]path, error) {
+	if only == "" {
+		return paths, nil
 	}
-	if o.rows < 1000 || o.runs < 1 {
-		return errors.New("-rows must be 1000 or more, -runs 1 or more")
+	want := strings.Split(only, ",")
+	chosen := slices.DeleteFunc(slices.Clone(paths), func(p path) bool { return !slices.Contains(want, p.name) })
+	if len(chosen) != len(want) {
+		return nil, fmt.Errorf("-run %s names a path that doesn't exist, or one twice: there are %s", only, names())
+	}
+	return chosen, nil
+}
+
+func run(ctx context.Context, o options, only string) (err error) {
+	chosen, err := choose(only)
+	if err != nil {
+		return err
+	}
+	if o.scale < 0.001 || o.runs < 1 || o.sockets < 100 {
+		return errors.New("-scale must be 0.001 or more, -sockets 100 or more, -runs 1 or more")
+	}
+	if o.record && o.runs < 3 {
+		return errors.New("-record needs -runs 3 or more: the spread of the runs is the noise that later runs are allowed")
+	}
+	recorded, err := readRecorded(o.recorded)
+	if err != nil {
+		return err
 	}
 	began := time.Now()
 	b, err := newBench(ctx, o)
@@ -96,86 +120,57 @@ func run(ctx context.Context, o options, only string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, b.close()) }()
-	fmt.Printf("PostgreSQL %s, %s, %s/%s, %d CPUs, %d rows, %d run(s)\n\n",
-		b.version, runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), o.rows, o.runs)
-	fmt.Println("| path | walgate | bare limit | unit | ratio | |\n|---|---:|---:|---|---:|---|")
+	fmt.Printf("PostgreSQL %s, %s, %s/%s, %s, scale %g, %d sockets, %d run(s)\n\n",
+		b.version, runtime.Version(), runtime.GOOS, runtime.GOARCH, machine(), o.scale, o.sockets, o.runs)
+	before := recorded.find(o.scale, o.sockets)
+	if before != nil {
+		fmt.Printf("Recorded on %s: %s, %d runs.\n\n", before.Date, before.Machine, before.Runs)
+	}
+	fmt.Println("| path | walgate | bare limit | unit | ratio | recorded | wanted | |\n|---|---:|---:|---|---:|---:|---|---|")
+	now := &record{Machine: machine(), Date: time.Now().UTC().Format(time.DateOnly), Scale: o.scale, Sockets: o.sockets, Runs: o.runs, Lines: map[string]spread{}}
+	regressed := 0
 	for _, p := range chosen {
-		results, err := measure(ctx, b, p)
+		if !p.logs { // their slots would hold back the WAL of all that follows
+			if err := b.dropLogs(ctx); err != nil {
+				return err
+			}
+		}
+		lines, err := measure(ctx, b, p)
 		if err != nil {
 			return fmt.Errorf("%s: %w", p.name, err)
 		}
-		for _, r := range results {
-			fmt.Println(r.row(p.name))
+		for _, l := range lines {
+			verdict, worse := before.judge(l)
+			if worse {
+				regressed++
+			}
+			fmt.Println(l.row(verdict))
+			now.add(l)
 		}
 	}
 	fmt.Printf("\n%s in all\n", time.Since(began).Round(time.Second))
+	if o.record {
+		return recorded.write(o.recorded, now)
+	}
+	if regressed > 0 {
+		fmt.Printf("\n%d line(s) REGRESSED by more than the noise of the recorded runs\n", regressed)
+		if o.strict {
+			return fmt.Errorf("%d line(s) regressed", regressed)
+		}
+	}
 	return nil
 }
 
-// measure runs a path as often as asked and returns the run whose ratio is the median, line by line.
-func measure(ctx context.Context, b *bench, p path) ([]result, error) {
-	var lines [][]result
+// measure runs a path as often as asked.
+func measure(ctx context.Context, b *bench, p path) ([]line, error) {
+	var all [][]result
 	for n := range b.runs {
 		fmt.Fprintf(os.Stderr, "%s: %s, run %d\n", p.name, p.what, n+1)
 		results, err := p.run(ctx, b)
 		if err != nil {
 			return nil, err
 		}
-		for i, r := range results {
-			if n == 0 {
-				lines = append(lines, nil)
-			}
-			lines[i] = append(lines[i], r)
-		}
+		all = append(all, results)
 	}
-	var medians []result
-	for _, line := range lines {
-		medians = append(medians, medianOf(line))
-	}
-	return medians, nil
-}
-
-// medianOf takes the medians of both columns on their own; the note is that of walgate's.
-func medianOf(line []result) result {
-	slices.SortFunc(line, func(a, b result) int { return compare(a.bare, b.bare) })
-	bare := line[len(line)/2].bare
-	slices.SortFunc(line, func(a, b result) int { return compare(a.walgate, b.walgate) })
-	m := line[len(line)/2]
-	m.bare = bare
-	return m
-}
-
-func compare(a, b float64) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
-}
-
-func (r result) row(path string) string {
-	bare, ratio := "", ""
-	if r.bare > 0 && r.walgate > 0 {
-		share := r.walgate / r.bare
-		if r.less {
-			share = r.bare / r.walgate
-		}
-		bare, ratio = number(r.bare), fmt.Sprintf("%.2f", share)
-	}
-	return fmt.Sprintf("| %s: %s | %s | %s | %s | %s | %s |", path, r.name, number(r.walgate), bare, r.unit, ratio, r.note)
-}
-
-// number prints three digits or so.
-func number(v float64) string {
-	switch {
-	case v >= 10_000:
-		return fmt.Sprintf("%.0fk", v/1000)
-	case v >= 100:
-		return fmt.Sprintf("%.0f", v)
-	case v >= 10:
-		return fmt.Sprintf("%.1f", v)
-	}
-	return fmt.Sprintf("%.2f", v)
+	return summarise(p.name, all), nil
 }

@@ -11,7 +11,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/walgate/walgate/changelog"
 )
 
 const (
@@ -19,50 +19,115 @@ const (
 	pullRepeats = 100
 )
 
-// runPull asks for a caller's first changes in a log where every thousandth is theirs, and in one ten times as long.
-// The limit is the same rows by one prepared statement on the log's own table.
-func runPull(ctx context.Context, b *bench) (results []result, err error) {
+// pullLimit is the size of a page.
+const pullLimit = 500
+
+// bigLog is a database with a log of many rows, a thousandth of them each caller's. It is made once, for it takes long;
+// its walgate runs only while something is measured.
+type bigLog struct {
+	*database
+	rows  int
+	since string // before the first of them
+}
+
+// bigLog makes the log through walgate, the only way to have it as it is.
+func (b *bench) bigLog(ctx context.Context, rows int) (l *bigLog, err error) {
+	if l := b.logs[rows]; l != nil {
+		return l, nil
+	}
 	d, err := b.newDatabase(ctx, scoped)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, d.drop(ctx)) }()
+	l = &bigLog{database: d, rows: rows}
+	b.logs[rows] = l                                      // dropped at the end
+	if err := d.dropSlot(ctx, d.bareSlot()); err != nil { // nobody reads it
+		return nil, err
+	}
 	if err := d.caughtUp(ctx); err != nil {
 		return nil, err
 	}
-	since, err := d.gateway.position(ctx, pullOwner)
+	if l.since, err = d.gateway.anyonesPosition(ctx); err != nil {
+		return nil, err
+	}
+	if err := d.load(ctx, 1, rows, owners); err != nil {
+		return nil, err
+	}
+	target, err := d.mark(ctx)
 	if err != nil {
 		return nil, err
 	}
-	limit := min(500, b.rows/owners)
-	rows := 0
-	for _, size := range []int{b.rows, 10 * b.rows} {
-		if err := d.load(ctx, size-rows, owners); err != nil {
-			return nil, err
-		}
-		rows = size
-		target, err := d.mark(ctx)
+	if _, err := d.gateway.logged(ctx, target); err != nil {
+		return nil, err
+	}
+	return l, errors.Join(d.gateway.stop(), d.settle(ctx))
+}
+
+// runPull asks for a caller's first changes in a log where every thousandth is theirs, and in one ten times as long.
+// The limit is the same rows by one prepared statement on the log's own table.
+func runPull(ctx context.Context, b *bench) (results []result, err error) {
+	for _, rows := range []int{b.of(500_000), 10 * b.of(500_000)} {
+		l, err := b.bigLog(ctx, rows)
 		if err != nil {
 			return nil, err
 		}
-		if _, err := d.gateway.logged(ctx, target); err != nil {
-			return nil, err
-		}
-		if err := d.settle(ctx); err != nil {
-			return nil, err
-		}
-		bare, err := d.barePull(ctx, limit)
+		r, err := l.measurePull(ctx, min(pullLimit, b.of(500_000)/owners))
 		if err != nil {
 			return nil, err
 		}
-		took, size, err := d.pull(ctx, since, limit)
-		if err != nil {
-			return nil, err
-		}
-		results = append(results, result{name: fmt.Sprintf("%d of a log of %d", limit, rows), walgate: milliseconds(took), bare: milliseconds(bare),
-			unit: "ms", less: true, note: fmt.Sprintf("%d kB, over HTTP; median of %d", size/1000, pullRepeats)})
+		results = append(results, r...)
+	}
+	if first, last := results[0], results[len(results)-2]; first.walgate > 0 {
+		results = append(results, result{name: "HTTP, ten times the log", walgate: last.walgate, bare: first.walgate, unit: "ms", less: true})
 	}
 	return results, nil
+}
+
+func (l *bigLog) measurePull(ctx context.Context, limit int) (results []result, err error) {
+	if err := l.gateway.start(ctx); err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, l.gateway.stop()) }()
+	if err := l.gateway.ready(ctx); err != nil {
+		return nil, err
+	}
+	scope, err := l.scope(ctx)
+	if err != nil {
+		return nil, err
+	}
+	bare, err := l.barePull(ctx, scope, limit)
+	if err != nil {
+		return nil, err
+	}
+	read, err := l.readLog(ctx, scope, limit)
+	if err != nil {
+		return nil, err
+	}
+	took, size, err := l.pull(ctx, l.since, limit)
+	if err != nil {
+		return nil, err
+	}
+	name := fmt.Sprintf("%d of a log of %d, ", limit, l.rows)
+	return []result{
+		{name: name + "HTTP", walgate: milliseconds(took), bare: milliseconds(bare), unit: "ms", less: true, wanted: 5, note: fmt.Sprintf("%d kB; median of %d", size/1000, pullRepeats)},
+		{name: name + "the read alone", walgate: milliseconds(read), bare: milliseconds(bare), unit: "ms", less: true, note: "the log's package called without server"},
+	}, nil
+}
+
+// readLog returns the median time of what walgate's server does to read the page.
+func (d *database) readLog(ctx context.Context, scope [16]byte, limit int) (time.Duration, error) {
+	log, err := changelog.Open(ctx, d.dsn, 2)
+	if err != nil {
+		return 0, err
+	}
+	defer log.Close()
+	return medianTime(func() error {
+		p, err := log.Read(ctx, changelog.Request{Scopes: [][16]byte{scope}, Limit: limit, MaxBytes: 8 << 20})
+		if err == nil && len(p.Entries) != limit {
+			err = fmt.Errorf("%d entries of the log instead of %d", len(p.Entries), limit)
+		}
+		return err
+	})
 }
 
 // pull returns the median time of a page, and its size.
@@ -83,13 +148,14 @@ func (d *database) pull(ctx context.Context, since string, limit int) (took time
 	return took, size, err
 }
 
+// scope returns the caller's scope in the log.
+func (d *database) scope(ctx context.Context) (scope [16]byte, err error) {
+	err = d.QueryRow(ctx, `SELECT scope FROM walgate.changes WHERE data->>'owner' = '`+pullOwner+`' LIMIT 1`).Scan(&scope)
+	return scope, err
+}
+
 // barePull returns the median time of reading the page's rows.
-func (d *database) barePull(ctx context.Context, limit int) (time.Duration, error) {
-	var scope pgtype.UUID
-	err := d.QueryRow(ctx, `SELECT scope FROM walgate.changes WHERE doc_id = (SELECT id::text FROM items WHERE owner = `+pullOwner+` LIMIT 1)`).Scan(&scope)
-	if err != nil {
-		return 0, err
-	}
+func (d *database) barePull(ctx context.Context, scope [16]byte, limit int) (time.Duration, error) {
 	const page = `SELECT version, tx, op, doc_id, data FROM walgate.changes WHERE scope = $1 AND version > $2 ORDER BY version LIMIT $3`
 	return medianTime(func() error {
 		rows, err := d.Query(ctx, page, scope, 0, limit)

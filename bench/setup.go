@@ -15,11 +15,18 @@ import (
 )
 
 type options struct {
-	rows   int
-	runs   int
-	major  int
-	binary string
+	scale    float64
+	sockets  int
+	runs     int
+	major    int
+	binary   string
+	recorded string
+	record   bool
+	strict   bool
 }
+
+// of returns a size of the work at the scale that was asked for.
+func (o options) of(full int) int { return max(1000, int(float64(full)*o.scale)) }
 
 // bench is what all paths share: the PostgreSQL server and the walgate binary.
 type bench struct {
@@ -28,7 +35,8 @@ type bench struct {
 	server  *pgserver.Server
 	admin   *pgx.Conn
 	version string
-	count   int // databases made
+	count   int             // databases made
+	logs    map[int]*bigLog // by rows
 }
 
 // newBench builds walgate and starts PostgreSQL as a durable server with room for the work: fsync stays on.
@@ -37,7 +45,11 @@ func newBench(ctx context.Context, o options) (*bench, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &bench{options: o, dir: dir}
+	b := &bench{options: o, dir: dir, logs: map[int]*bigLog{}}
+	// Set by hand, the limit also holds for the processes started from here.
+	if err := allowFiles(uint64(o.sockets + 1000)); err != nil {
+		return nil, errors.Join(err, b.close())
+	}
 	if err := b.start(ctx); err != nil {
 		return nil, errors.Join(err, b.close())
 	}
@@ -68,14 +80,23 @@ func (b *bench) start(ctx context.Context) (err error) {
 func (b *bench) close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
+	err := b.dropLogs(ctx)
 	if b.admin != nil {
 		b.admin.Close(ctx)
 	}
-	var err error
 	if b.server != nil {
 		err = b.server.Close(ctx)
 	}
 	return errors.Join(err, os.RemoveAll(b.dir))
+}
+
+// dropLogs drops the databases that several paths share.
+func (b *bench) dropLogs(ctx context.Context) (err error) {
+	for rows, l := range b.logs {
+		err = errors.Join(err, l.drop(ctx))
+		delete(b.logs, rows)
+	}
+	return err
 }
 
 // table is the one that all paths work on: rows of about 300 bytes.
@@ -83,7 +104,7 @@ const table = `CREATE TABLE items (
 	id uuid PRIMARY KEY DEFAULT gen_random_uuid(), owner int NOT NULL, title text NOT NULL, body text NOT NULL,
 	done bool NOT NULL DEFAULT false, updated_at timestamptz NOT NULL DEFAULT clock_timestamp())`
 
-// rowsSQL makes the rows from $1 to $2 (numbers) for owners 0 to $3-1. Digests as text: they compress to a half or so.
+// rowsSQL makes rows for so many owners, from one number to another. Digests as text: they compress to a half or so.
 const rowsSQL = `INSERT INTO items (owner, title, body)
 	SELECT i %% %d, 'Item "' || i || '" of this owner', md5(i::text) || md5(i || 'b') || md5(i || 'c') || md5(i || 'd') || md5(i || 'e')
 	FROM generate_series(%d, %d) AS i`
@@ -105,6 +126,15 @@ const (
 
 // newDatabase makes an empty database with the table, prepared by walgate init, and a second slot for the bare reader.
 func (b *bench) newDatabase(ctx context.Context, policy string) (*database, error) {
+	d, err := b.emptyDatabase(ctx, policy)
+	if err != nil {
+		return nil, err
+	}
+	return d, d.install(ctx)
+}
+
+// emptyDatabase makes a database with the table only.
+func (b *bench) emptyDatabase(ctx context.Context, policy string) (*database, error) {
 	b.count++
 	name := fmt.Sprintf("bench_%d", b.count)
 	if _, err := b.admin.Exec(ctx, "CREATE DATABASE "+name); err != nil {
@@ -118,17 +148,20 @@ func (b *bench) newDatabase(ctx context.Context, policy string) (*database, erro
 	if _, err = d.Exec(ctx, table); err != nil {
 		return nil, err
 	}
-	if d.gateway, err = newGateway(b, d, policy); err != nil {
-		return nil, err
-	}
+	d.gateway, err = newGateway(b, d, policy)
+	return d, err
+}
+
+// install runs walgate init and makes the bare reader's slot.
+func (d *database) install(ctx context.Context) error {
 	if err := d.gateway.init(ctx); err != nil {
-		return nil, err
+		return err
 	}
-	_, err = d.Exec(ctx, "CREATE PUBLICATION bare FOR TABLE items")
+	_, err := d.Exec(ctx, "CREATE PUBLICATION bare FOR TABLE items")
 	if err == nil {
 		_, err = d.Exec(ctx, "SELECT pg_create_logical_replication_slot($1, 'pgoutput')", d.bareSlot())
 	}
-	return d, err
+	return err
 }
 
 func (d *database) bareSlot() string { return d.name + "_bare" }
@@ -158,11 +191,11 @@ func (d *database) dropSlot(ctx context.Context, slot string) error {
 	})
 }
 
-// load inserts count rows for so many owners, a thousand a transaction.
-func (d *database) load(ctx context.Context, count, owners int) error {
+// load inserts the rows from first to last (numbers) for so many owners, a thousand a transaction.
+func (d *database) load(ctx context.Context, first, last, owners int) error {
 	const size = 1000
-	for i := 0; i < count; i += size {
-		if _, err := d.Exec(ctx, fmt.Sprintf(rowsSQL, owners, i, min(i+size, count)-1)); err != nil {
+	for i := first; i <= last; i += size {
+		if _, err := d.Exec(ctx, fmt.Sprintf(rowsSQL, owners, i, min(i+size-1, last))); err != nil {
 			return err
 		}
 	}

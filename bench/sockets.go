@@ -1,125 +1,231 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
-	"io"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/fasthttp/websocket"
+	"golang.org/x/sync/errgroup"
 )
 
-// sockets are WebSocket clients that do as little as possible: they share the machine with what is measured.
+// sockets are WebSocket clients that do as little as possible: they share the machine with what is measured. Once open,
+// a socket is a file descriptor in a poller, without goroutine or buffer of its own.
 type sockets struct {
-	conns    []*websocket.Conn
-	onChange func(payload []byte, at time.Time) // called by many goroutines; payload is valid during the call
+	onChange func(payload []byte, at time.Time) // payload is valid during the call
 	changes  atomic.Int64
 	ready    atomic.Int64
+	refused  atomic.Int64  // sockets that the server closed, where that is let through
+	lenient  bool          // the server may close sockets
+	small    bool          // sockets take little before they are read
 	bell     chan struct{} // capacity 1: a count has reached what is waited for
 	want     atomic.Int64
-	readers  sync.WaitGroup
 	failed   chan error
+	poller   *poller
+
+	mu   sync.Mutex
+	open []*socket
 }
 
-func newSockets(onChange func([]byte, time.Time)) *sockets {
-	return &sockets{onChange: onChange, bell: make(chan struct{}, 1), failed: make(chan error, 1)}
+// socket is one of them; only the poller's goroutine touches it once it is open.
+type socket struct {
+	fd   int
+	rest []byte // of a frame that hasn't come whole
 }
 
-// connect opens one more socket and sends its first frame, if it has one.
-func (s *sockets) connect(ctx context.Context, base, path, token, first string) error {
+func newSockets(onChange func([]byte, time.Time)) (*sockets, error) {
+	s := &sockets{onChange: onChange, bell: make(chan struct{}, 1), failed: make(chan error, 1)}
+	var err error
+	s.poller, err = newPoller(func(one *socket, data []byte, err error) bool {
+		if err == nil {
+			err = s.take(one, data)
+		}
+		if err == nil {
+			return true
+		}
+		if s.lenient {
+			s.refused.Add(1)
+			s.ring()
+			return false
+		}
+		select {
+		case s.failed <- err:
+		default:
+		}
+		return false
+	})
+	return s, err
+}
+
+func (s *sockets) len() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.open)
+}
+
+// connect opens one more socket and sends its first frame, if it has one. It isn't read yet.
+func (s *sockets) connect(ctx context.Context, base, path, token, first string) (*socket, error) {
 	header := http.Header{}
 	if token != "" {
 		header.Set("Authorization", "Bearer "+token)
 	}
 	dialer := websocket.Dialer{HandshakeTimeout: 10 * time.Second, ReadBufferSize: 1024, WriteBufferSize: 1024}
+	if s.small {
+		tcp := &net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+			return c.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096) })
+		}}
+		dialer.NetDialContext = tcp.DialContext
+	}
 	conn, _, err := dialer.DialContext(ctx, "ws"+strings.TrimPrefix(base, "http")+path, header)
 	if err != nil {
-		return fmt.Errorf("open socket %d: %w", len(s.conns)+1, err)
+		return nil, fmt.Errorf("open a socket: %w", err)
 	}
-	s.conns = append(s.conns, conn)
+	defer conn.Close() // its file descriptor is doubled
 	if first != "" {
 		if err := conn.WriteMessage(websocket.TextMessage, []byte(first)); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	s.readers.Go(func() {
-		err := s.read(conn.UnderlyingConn())
-		select {
-		case s.failed <- err:
-		default:
-		}
-	})
-	return nil
+	raw, err := conn.UnderlyingConn().(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	one := &socket{}
+	var failed error
+	if err := raw.Control(func(fd uintptr) { one.fd, failed = syscall.Dup(int(fd)) }); err != nil {
+		return nil, err
+	}
+	if failed != nil {
+		return nil, failed
+	}
+	syscall.CloseOnExec(one.fd)
+	s.mu.Lock()
+	s.open = append(s.open, one)
+	s.mu.Unlock()
+	return one, nil
 }
 
-// read takes the server's frames apart: whole, unmasked and small, as all servers here send them.
-func (s *sockets) read(conn io.Reader) error {
-	r := bufio.NewReaderSize(conn, 4096)
-	for {
-		head, err := r.Peek(2)
-		if err != nil {
-			return err
-		}
-		kind, size := head[0]&0x0f, int(head[1])
-		r.Discard(2) // peeked
-		if size == 126 {
-			long, err := r.Peek(2)
+// connectAll opens sockets until there are n, several at a time, and reads them.
+func (s *sockets) connectAll(ctx context.Context, n int, connect func(ctx context.Context, i int) (*socket, error)) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(8)
+	for i := s.len(); i < n; i++ {
+		g.Go(func() error {
+			one, err := connect(ctx, i)
 			if err != nil {
 				return err
 			}
-			size = int(binary.BigEndian.Uint16(long))
-			r.Discard(2)
-		}
-		payload, err := r.Peek(size)
-		if err != nil {
-			return fmt.Errorf("a frame of %d bytes: %w", size, err)
-		}
-		switch {
-		case kind == websocket.CloseMessage:
-			return fmt.Errorf("closed by the server: %q", payload)
-		case bytes.HasPrefix(payload, []byte(`{"version"`)):
-			if s.onChange != nil {
-				s.onChange(payload, time.Now())
-			}
-			s.count(&s.changes)
-		case bytes.HasPrefix(payload, []byte(`{"type":"ready"`)):
-			s.count(&s.ready)
-		case bytes.HasPrefix(payload, []byte(`{"type":"error"`)), bytes.HasPrefix(payload, []byte(`{"type":"full_resync_required"`)):
-			return fmt.Errorf("refused: %s", payload)
-		}
-		r.Discard(size)
+			return s.poller.add(one)
+		})
 	}
+	return g.Wait()
+}
+
+// take takes the server's frames apart: whole and unmasked, as all servers here send them.
+func (s *sockets) take(one *socket, data []byte) error {
+	now := time.Now()
+	if len(one.rest) > 0 {
+		one.rest = append(one.rest, data...)
+		data = one.rest
+	}
+	for {
+		kind, payload, size := parseFrame(data)
+		if size == 0 {
+			break
+		}
+		if err := s.frame(kind, payload, now); err != nil {
+			return err
+		}
+		data = data[size:]
+	}
+	if len(data) == 0 {
+		one.rest = nil
+	} else {
+		one.rest = bytes.Clone(data)
+	}
+	return nil
+}
+
+// parseFrame returns the first frame and its size; 0: it isn't whole.
+func parseFrame(b []byte) (kind int, payload []byte, size int) {
+	if len(b) < 2 {
+		return 0, nil, 0
+	}
+	from, length := 2, int(b[1])
+	switch length {
+	case 126:
+		if len(b) < 4 {
+			return 0, nil, 0
+		}
+		from, length = 4, int(binary.BigEndian.Uint16(b[2:]))
+	case 127:
+		if len(b) < 10 {
+			return 0, nil, 0
+		}
+		from, length = 10, int(binary.BigEndian.Uint64(b[2:]))
+	}
+	if len(b) < from+length {
+		return 0, nil, 0
+	}
+	return int(b[0] & 0x0f), b[from : from+length], from + length
+}
+
+func (s *sockets) frame(kind int, payload []byte, at time.Time) error {
+	switch {
+	case kind == websocket.CloseMessage:
+		return fmt.Errorf("closed by the server: %q", payload)
+	case bytes.HasPrefix(payload, []byte(`{"version"`)):
+		if s.onChange != nil {
+			s.onChange(payload, at)
+		}
+		s.count(&s.changes)
+	case bytes.HasPrefix(payload, []byte(`{"type":"ready"`)):
+		s.count(&s.ready)
+	case bytes.HasPrefix(payload, []byte(`{"type":"error"`)), bytes.HasPrefix(payload, []byte(`{"type":"full_resync_required"`)):
+		return fmt.Errorf("refused: %s", payload)
+	}
+	return nil
 }
 
 func (s *sockets) count(n *atomic.Int64) {
 	if n.Add(1) == s.want.Load() {
-		select {
-		case s.bell <- struct{}{}:
-		default:
-		}
+		s.ring()
 	}
 }
+
+func (s *sockets) ring() {
+	select {
+	case s.bell <- struct{}{}:
+	default:
+	}
+}
+
+// waitMost is how long frames that are on their way may take.
+const waitMost = 3 * time.Minute
 
 // wait waits until a count has reached want.
 func (s *sockets) wait(ctx context.Context, n *atomic.Int64, want int64) error {
 	s.want.Store(want)
-	timeout := time.NewTimer(time.Minute)
+	timeout := time.NewTimer(waitMost)
 	defer timeout.Stop()
 	for n.Load() < want {
 		select {
 		case <-s.bell:
+			if closed := s.refused.Load(); closed > 0 {
+				return fmt.Errorf("the server closed %d sockets before %d of %d frames had come", closed, want-n.Load(), want)
+			}
 		case err := <-s.failed:
 			return err
 		case <-timeout.C:
-			return fmt.Errorf("only %d of %d frames came within a minute", n.Load(), want)
+			return fmt.Errorf("only %d of %d frames came within %s", n.Load(), want, waitMost)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -128,16 +234,26 @@ func (s *sockets) wait(ctx context.Context, n *atomic.Int64, want int64) error {
 }
 
 // subscribe opens a socket for a subject on walgate's stream, from a position on.
-func (s *sockets) subscribe(ctx context.Context, g *gateway, subject, since string) error {
+func (s *sockets) subscribe(ctx context.Context, g *gateway, subject, since string) (*socket, error) {
 	first := fmt.Sprintf(`{"type":"subscribe","since":%q,"collections":["items"]}`, since)
 	return s.connect(ctx, g.base, "/sync/stream", token(subject), first)
 }
 
-func (s *sockets) close() error {
-	var err error
-	for _, c := range s.conns {
-		err = errors.Join(err, c.Close())
+// follow opens sockets for subjects until there are n, and waits until all have caught up.
+func (s *sockets) follow(ctx context.Context, g *gateway, n int, since string, subject func(i int) string) error {
+	err := s.connectAll(ctx, n, func(ctx context.Context, i int) (*socket, error) {
+		return s.subscribe(ctx, g, subject(i), since)
+	})
+	if err != nil {
+		return err
 	}
-	s.readers.Wait()
+	return s.wait(ctx, &s.ready, int64(n))
+}
+
+func (s *sockets) close() error {
+	err := s.poller.close()
+	for _, one := range s.open {
+		syscall.Close(one.fd)
+	}
 	return err
 }
