@@ -2,6 +2,7 @@ package changelog
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -23,6 +24,7 @@ const announceLimit = 4 << 20
 // Appender is the log's only writer: it owns one connection and belongs to one goroutine.
 type Appender struct {
 	conn       *pgx.Conn
+	dog        *watchdog
 	bus        Bus
 	epoch      int64
 	history    string
@@ -51,30 +53,51 @@ type Appended struct {
 
 // NewAppender connects, takes the log over (see Claim), and returns its writer. Close it in any case.
 func (l *Log) NewAppender(ctx context.Context, bus Bus, c Claim) (*Appender, *Claimed, error) {
-	cfg := l.pool.Config().ConnConfig
-	conn, err := pgx.ConnectConfig(ctx, cfg)
+	a, err := l.connectAppender(ctx, bus)
 	if err != nil {
-		return nil, nil, fmt.Errorf("connect to the change log's database: %w", err)
+		return nil, nil, fmt.Errorf("connect to the change log's database: %w", Explain(err))
 	}
-	a := &Appender{conn: conn, bus: bus}
-	if err := durable(ctx, conn); err != nil {
-		a.Close()
-		return nil, nil, err
-	}
-	claimed, err := claim(ctx, conn, c)
+	stop := a.dog.run(ctx)
+	defer stop()
+	var claimed *Claimed
+	err = a.dog.call(func() (err error) {
+		if err = endPredecessor(ctx, a.conn); err != nil {
+			return err
+		}
+		if claimed, err = claim(ctx, a.conn, c); err != nil {
+			return err
+		}
+		failpoint.Here(failpoint.LogClaimed)
+		return a.parts.load(ctx, a.conn)
+	})
 	if err != nil {
 		a.Close()
-		return nil, nil, err
+		return nil, nil, Explain(err)
 	}
-	failpoint.Here(failpoint.LogClaimed)
 	a.epoch, a.history, a.version = claimed.Epoch, claimed.History, claimed.Version
 	a.logged.Store(uint64(claimed.LSN))
-	if err := a.parts.load(ctx, conn); err != nil {
-		a.Close()
-		return nil, nil, err
-	}
 	bus.Publish(&Batch{History: a.history, Prev: claimed.Version, Last: claimed.Version, LSN: claimed.LSN, Omitted: true})
 	return a, claimed, nil
+}
+
+func (l *Log) connectAppender(ctx context.Context, bus Bus) (*Appender, error) {
+	cfg := l.pool.Config().ConnConfig
+	cfg.RuntimeParams["application_name"] = appenderName
+	conn, err := pgx.ConnectConfig(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	a := &Appender{conn: conn, bus: bus, dog: &watchdog{cfg: l.pool.Config().ConnConfig, conn: conn.PgConn(), patience: cmp.Or(l.Patience, defaultPatience), waiting: l.OnWaiting}}
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	if err = durable(ctx, conn); err == nil {
+		err = conn.QueryRow(ctx, `SELECT pg_backend_pid()`).Scan(&a.dog.pid)
+	}
+	if err != nil {
+		a.Close()
+		return nil, err
+	}
+	return a, nil
 }
 
 // Close ends the connection; an append that wasn't committed leaves nothing.
@@ -90,6 +113,7 @@ func (a *Appender) Logged() LSN { return LSN(a.logged.Load()) }
 // Run appends what the queue brings until ctx ends (nil) or an append fails. After an error the log is as the last
 // durable append left it, or, where the connection broke during a commit, with that commit: claim again and see.
 func (a *Appender) Run(ctx context.Context, q *Queue) error {
+	defer a.dog.run(ctx)()
 	var pieces []Piece
 	for {
 		clear(pieces)
@@ -98,7 +122,7 @@ func (a *Appender) Run(ctx context.Context, q *Queue) error {
 		if err != nil {
 			return nil // ctx ended: what isn't committed comes again from the slot
 		}
-		if err := a.append(ctx, pieces); err != nil {
+		if err := a.dog.call(func() error { return a.append(ctx, pieces) }); err != nil {
 			if ctx.Err() != nil {
 				return nil
 			}
@@ -112,7 +136,7 @@ func appendError(err error) error {
 	if errors.As(err, &pg) && pg.ConstraintName == "deposed_leader" {
 		return ErrDeposed
 	}
-	return err
+	return Explain(err)
 }
 
 // append writes pieces; it commits when the last one ends its source transaction.

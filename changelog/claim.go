@@ -78,6 +78,21 @@ func claim(ctx context.Context, conn *pgx.Conn, c Claim) (*Claimed, error) {
 	return out, nil
 }
 
+// appenderName is the application_name of the one session that writes the log.
+const appenderName = "walgate append"
+
+// endPredecessor ends an earlier leader's session that stands still within a transaction, for the server would keep it, and
+// what it locks and holds back from vacuum, until TCP gives up. The caller holds the slot, so that leader is deposed.
+func endPredecessor(ctx context.Context, conn *pgx.Conn) error {
+	_, err := conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+		WHERE application_name = $1 AND datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
+			AND wait_event = 'ClientRead' AND xact_start < clock_timestamp() - interval '5 s'`, appenderName)
+	if err != nil {
+		return fmt.Errorf("end an earlier leader's session in the change log's database: %w", err)
+	}
+	return nil
+}
+
 type stored struct {
 	epoch, revision int64
 	history         string

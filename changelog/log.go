@@ -20,6 +20,11 @@ var migrationFiles embed.FS
 // Log is the change log in one database. Safe for concurrent use.
 type Log struct {
 	pool *pgxpool.Pool
+	// Patience is how long an append may take before the server is asked what it is doing. Set both before NewAppender.
+	Patience time.Duration
+	// OnWaiting, where not nil, is told why an append takes long, again and again, and "" when that is over; it is called
+	// on the watchdog's goroutine.
+	OnWaiting func(why string)
 }
 
 // Open makes a pool of at most maxConns connections to the log's database; it connects when first used. Every session
@@ -31,24 +36,18 @@ func Open(ctx context.Context, url string, maxConns int) (*Log, error) {
 	}
 	cfg.MaxConns = int32(maxConns)
 	cfg.ConnConfig.RuntimeParams["application_name"] = "walgate"
-	for _, name := range []string{"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"} {
+	for _, name := range []string{"statement_timeout", "lock_timeout"} {
 		cfg.ConnConfig.RuntimeParams[name] = "0" // what a role sets for the application; here a context bounds each call
 	}
 	// A page is to cost what it returns. With statistics older than a burst of changes, PostgreSQL takes a caller's rows for
 	// fewer than a page, and a bitmap scan would read all of them to sort out the first.
 	cfg.ConnConfig.RuntimeParams["enable_bitmapscan"] = "off"
-	cfg.AfterConnect = durable
+	boundConnections(cfg)
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("storage: %w", err)
 	}
-	return &Log{pool: pool}, nil
-}
-
-// durable makes a session's commits wait for the disk at least; stronger settings stay.
-func durable(ctx context.Context, c *pgx.Conn) error {
-	_, err := c.Exec(ctx, `SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') IN ('off', 'local')`)
-	return err
+	return &Log{pool: pool, Patience: defaultPatience}, nil
 }
 
 // Close ends the pool's connections.
