@@ -119,7 +119,7 @@ func (g *Gateway) full(c *fiber.Ctx) error {
 		return g.fullAll(c, feed, r, enc, release)
 	}
 	defer release()
-	ctx, cancel := context.WithTimeout(g.working, time.Minute)
+	ctx, cancel := context.WithTimeout(g.working, chunkTimeMost)
 	defer cancel()
 	return g.fullPage(ctx, c, feed, r, enc)
 }

@@ -10,6 +10,8 @@ import (
 
 	"github.com/gofiber/fiber/v2"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/walgate/walgate/changelog"
 )
 
 const (
@@ -18,6 +20,8 @@ const (
 	partBytes    = 128 << 10        // what reading hands over to sending at a time
 	streamWrite  = 30 * time.Second // how long a client of limit=all may stand still
 	fullTimeMost = 2 * time.Hour
+	// chunkTimeMost bounds the reading of one chunk, and of a page.
+	chunkTimeMost = time.Minute
 )
 
 // fullAll streams everything in one answer. Each chunk is read in a snapshot of its own, and no snapshot, lock or
@@ -25,7 +29,7 @@ const (
 func (g *Gateway) fullAll(c *fiber.Ctx, f *feed, r fullRequest, enc encoding, release func()) error {
 	ctx, cancel := context.WithTimeout(g.working, fullTimeMost)
 	x := &export{g: g, feed: f, rows: chunkRows, bytes: chunkBytes, parts: newParts()}
-	if err := x.begin(ctx, r.since); err != nil {
+	if err := within(ctx, func(ctx context.Context) error { return x.begin(ctx, r.since) }); err != nil {
 		cancel()
 		release()
 		return err
@@ -132,11 +136,15 @@ func (x *export) readAll(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		if err := x.fill(ctx); err != nil {
+		if err := within(ctx, x.fill); err != nil {
 			return err
 		}
 		if last = x.done(); last {
-			settles, err := x.settle(ctx)
+			var settles changelog.Version
+			err := within(ctx, func(ctx context.Context) (err error) {
+				settles, err = x.settle(ctx)
+				return err
+			})
 			if err != nil {
 				return err
 			}
@@ -150,6 +158,13 @@ func (x *export) readAll(ctx context.Context) error {
 	}
 	close(x.parts.ready)
 	return nil
+}
+
+// within bounds one step of limit=all: a source that fell silent must not keep a place among the full resyncs.
+func within(ctx context.Context, step func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, chunkTimeMost)
+	defer cancel()
+	return step(ctx)
 }
 
 // handOver gives what was read so far to the sender. A page has none and keeps it.

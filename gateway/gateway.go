@@ -50,6 +50,7 @@ type Options struct {
 type SourceStatus struct {
 	Leading      bool
 	Err          string
+	Waiting      string // why the change log holds replication up
 	Received     changelog.LSN
 	Logged       changelog.LSN
 	Acknowledged changelog.LSN

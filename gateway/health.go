@@ -21,7 +21,7 @@ func (g *Gateway) readyz(c *fiber.Ctx) error {
 	if g.draining.Load() {
 		problems["server"] = "stopping"
 	} else if err := g.o.Log.Ping(ctx); err != nil {
-		problems["change_log"] = "can't be reached"
+		problems["change_log"] = "its database doesn't answer, so clients get nothing from here; see that it runs and that the network to it is up: " + err.Error()
 	}
 	head, ok := g.hub.position()
 	if !ok {
@@ -36,6 +36,9 @@ func (g *Gateway) readyz(c *fiber.Ctx) error {
 		degraded["replication"] = "the source has been silent for " + time.Since(s.LastHeard).Round(time.Second).String()
 	case !s.Leading:
 		degraded["replication"] = "not leading"
+	}
+	if s.Waiting != "" {
+		degraded["append"] = s.Waiting
 	}
 	for name, why := range s.Stopped {
 		degraded["collection "+name] = why

@@ -67,6 +67,12 @@ func newMetrics(g *Gateway) *metrics {
 	}))
 	gauge("walgate_commit_age_seconds", "Age of the newest logged transaction of the source.", status(func(s SourceStatus) float64 { return since(s.LastCommit) }))
 	gauge("walgate_stream_silence_seconds", "Time since the source's walsender was last heard.", status(func(s SourceStatus) float64 { return since(s.LastHeard) }))
+	gauge("walgate_append_waiting", "1 while one append to the change log takes unusually long; /readyz says why.", status(func(s SourceStatus) float64 {
+		if s.Waiting != "" {
+			return 1
+		}
+		return 0
+	}))
 	gauge("walgate_append_queue_bytes", "Decoded changes that wait for the change log.", status(func(s SourceStatus) float64 { return float64(s.QueueBytes) }))
 	gauge("walgate_collections_stopped", "Collections that are stopped until their table fits their policy again.", status(func(s SourceStatus) float64 { return float64(len(s.Stopped)) }))
 	total("walgate_transactions_total", "Source transactions logged by this instance.", status(func(s SourceStatus) float64 { return float64(s.Transactions) }))

@@ -37,30 +37,43 @@ const (
 	expireInterval    = time.Hour // far above the longest read
 )
 
-// care watches the slot and applies retention while this instance leads.
+// watchSlot looks at the slot now and then, whether or not this instance leads, and whenever it begins to.
+func (l *Leader) watchSlot(ctx context.Context) {
+	tick := time.NewTicker(slotCheckInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		case <-l.lookAtSlot:
+		}
+		if err := l.checkSlot(ctx); err != nil && ctx.Err() == nil {
+			l.o.Logger.Warn("the slot can't be watched; trying again", "error", err)
+		}
+	}
+}
+
+// care refuses to be a synchronous standby and applies retention while this instance leads.
 func (l *Leader) care(ctx context.Context, walsender uint32) error {
-	slots, expire := time.NewTicker(slotCheckInterval), time.NewTicker(expireInterval)
-	defer slots.Stop()
+	standby, expire := time.NewTicker(slotCheckInterval), time.NewTicker(expireInterval)
+	defer standby.Stop()
 	defer expire.Stop()
 	var droppable changelog.Version
-	if err := l.checkSlot(ctx); err != nil && ctx.Err() == nil {
-		l.o.Logger.Warn("the slot's state can't be read", "error", err)
-	}
 	for {
 		var err error
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-slots.C:
+		case <-standby.C:
 			if err := l.refuseSynchronous(ctx, walsender); err != nil {
 				return err
 			}
-			err = l.checkSlot(ctx)
 		case <-expire.C:
 			droppable, err = l.expire(ctx, droppable)
 		}
 		if err != nil && ctx.Err() == nil {
-			l.o.Logger.Warn("care of slot and change log failed; trying again", "error", err)
+			l.o.Logger.Warn("retention could not be applied to the change log; trying again", "error", err)
 		}
 	}
 }
@@ -68,6 +81,8 @@ func (l *Leader) care(ctx context.Context, walsender uint32) error {
 // refuseSynchronous fails where the source counts this gateway as a synchronous standby: every commit of the application
 // would wait for the log, and the log's own commits, in the same server, for themselves.
 func (l *Leader) refuseSynchronous(ctx context.Context, walsender uint32) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	var priority int
 	err := l.o.Source.QueryRow(ctx, `SELECT coalesce(max(sync_priority), 0) FROM pg_stat_replication WHERE pid = $1`, int64(walsender)).Scan(&priority)
 	if err != nil || priority == 0 {
@@ -77,6 +92,8 @@ func (l *Leader) refuseSynchronous(ctx context.Context, walsender uint32) error 
 }
 
 func (l *Leader) expire(ctx context.Context, droppable changelog.Version) (changelog.Version, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
 	h, err := l.o.Log.Head(ctx)
 	if err != nil {
 		return droppable, err

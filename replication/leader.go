@@ -1,10 +1,12 @@
 package replication
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -33,15 +35,21 @@ type Options struct {
 	Watcher        *Watcher
 	Stats          *Stats
 	Logger         *slog.Logger
+
+	timing timing // zero: defaultTiming
 }
 
 // Leader tails the source into the log for as long as it holds the slot.
 type Leader struct {
-	o Options
+	o          Options
+	lookAtSlot chan struct{} // capacity 1
 }
 
 // NewLeader returns a leader; Run does the work.
-func NewLeader(o Options) *Leader { return &Leader{o: o} }
+func NewLeader(o Options) *Leader {
+	o.timing = cmp.Or(o.timing, defaultTiming)
+	return &Leader{o: o, lookAtSlot: make(chan struct{}, 1)}
+}
 
 const (
 	firstBackoff = 50 * time.Millisecond
@@ -51,6 +59,10 @@ const (
 // Run holds the slot and appends until ctx ends, then returns nil. Whatever fails (the source, the log's database, the
 // slot taken by another instance) is shown in Stats and tried again with growing pauses: serving goes on meanwhile.
 func (l *Leader) Run(ctx context.Context) error {
+	var watching sync.WaitGroup
+	defer watching.Wait() // the slot's lag matters most while nothing reads from it
+	watching.Go(func() { l.watchSlot(ctx) })
+	l.o.Log.OnWaiting = l.waiting
 	pause := firstBackoff
 	for {
 		began := time.Now()
@@ -79,6 +91,13 @@ func (l *Leader) Run(ctx context.Context) error {
 	}
 }
 
+// waiting shows why the change log takes long, and says it once.
+func (l *Leader) waiting(why string) {
+	if was := l.o.Stats.setWaiting(why); (was == "") != (why == "") {
+		l.o.Logger.Warn("the change log holds replication up; the source keeps its WAL meanwhile", "reason", cmp.Or(why, "over: it goes on"))
+	}
+}
+
 func slotBusy(err error) bool {
 	var pg *pgconn.PgError
 	return errors.As(err, &pg) && pg.Code == "55006" // object_in_use
@@ -93,7 +112,7 @@ func (l *Leader) session(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	conn, err := connect(ctx, l.o.ReplicationURL, src.encoding)
+	conn, err := connect(ctx, l.o.ReplicationURL, src.encoding, l.o.timing.sender)
 	if err != nil {
 		return err
 	}
@@ -139,6 +158,10 @@ func (l *Leader) report(c *changelog.Claimed) {
 	log.Info("leading: streaming from the slot into the change log")
 	l.o.Stats.Logged.Store(uint64(c.LSN))
 	l.o.Stats.setState(true, nil)
+	select {
+	case l.lookAtSlot <- struct{}{}:
+	default:
+	}
 }
 
 // sourceState is what a leader must know of the source before it takes over.
@@ -149,23 +172,27 @@ type sourceState struct {
 }
 
 func (l *Leader) prepare(ctx context.Context) (*sourceState, error) {
-	pooled, err := l.o.Source.Acquire(ctx)
+	short, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	pooled, err := l.o.Source.Acquire(short)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the source: %w", err)
 	}
 	defer pooled.Release()
 	conn := pooled.Conn()
-	_, exists, err := schema.PublishedTables(ctx, conn, l.o.Publications)
+	_, exists, err := schema.PublishedTables(short, conn, l.o.Publications)
 	if err != nil {
 		return nil, err
 	}
 	if !exists[l.o.Publications.Rows] || !exists[l.o.Publications.Events] {
 		return nil, fmt.Errorf("publication %s or %s is missing: run walgate init", l.o.Publications.Rows, l.o.Publications.Events)
 	}
-	slot, err := EnsureSlot(ctx, conn, l.o.Slot, l.o.Logger)
+	slot, err := EnsureSlot(ctx, conn, l.o.Slot, l.o.Logger) // may wait for long to make one
 	if err != nil {
 		return nil, err
 	}
+	ctx, cancel = context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	server, err := changelog.ServerIdentity(ctx, conn)
 	if err != nil {
 		return nil, err
@@ -218,6 +245,8 @@ func isEmpty(ctx context.Context, conn *pgx.Conn, t *schema.Table) bool {
 
 // rememberHistory notes in the source that a log exists, so that losing the log is noticed.
 func (l *Leader) rememberHistory(ctx context.Context, history string) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	_, err := l.o.Source.Exec(ctx, `INSERT INTO walgate.source (history) VALUES ($1) ON CONFLICT (one) DO UPDATE SET history = excluded.history`, history)
 	if err != nil {
 		return fmt.Errorf("note the history in the source: %w", err)
@@ -237,7 +266,7 @@ func (l *Leader) stream(ctx context.Context, conn *pgconn.PgConn, appender *chan
 		t.ids[col.Name] = col
 	}
 	s := &stream{
-		conn: conn, queue: queue, logged: appender.Logged, stats: l.o.Stats, log: l.o.Logger, resolve: t.resolve,
+		conn: conn, timing: l.o.timing, queue: queue, logged: appender.Logged, stats: l.o.Stats, log: l.o.Logger, resolve: t.resolve,
 		received: c.LSN, handed: c.LSN,
 		seq: &sequencer{clock: changelog.NewClock(c.Version), targets: map[uint32]*target{}, stats: l.o.Stats, log: l.o.Logger,
 			logged: c.LSN, widen: xidWidener{near: xmax}},

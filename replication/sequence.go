@@ -365,4 +365,4 @@ func (e *DecodeError) Error() string {
 func (e *DecodeError) Unwrap() error { return e.Err }
 
 // errStalled: the server sent nothing although its timeout makes it send keepalives.
-var errStalled = errors.New("the replication connection is silent: reconnecting")
+var errStalled = errors.New("the source has sent nothing on the replication connection for too long, though it should answer: the network between lets nothing through, or the source stands still; connecting anew")

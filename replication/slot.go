@@ -29,7 +29,9 @@ func EnsureSlot(ctx context.Context, conn *pgx.Conn, name string, log *slog.Logg
 	var s Slot
 	var plugin, database, status string
 	var confirmed int64
-	err := conn.QueryRow(ctx, `SELECT plugin::text, database::text, active, coalesce(wal_status, ''), coalesce(confirmed_flush_lsn - '0/0', 0)::int8
+	short, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	err := conn.QueryRow(short, `SELECT plugin::text, database::text, active, coalesce(wal_status, ''), coalesce(confirmed_flush_lsn - '0/0', 0)::int8
 		FROM pg_replication_slots WHERE slot_name = $1`, name).Scan(&plugin, &database, &s.Active, &status, &confirmed)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):

@@ -26,6 +26,7 @@ type Stats struct {
 	mu      sync.Mutex
 	leading bool
 	err     string
+	waiting string // why an append takes long
 	slot    SlotHealth
 	warned  map[string]time.Time
 }
@@ -42,6 +43,20 @@ func (s *Stats) State() (leading bool, err string, slot SlotHealth) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.leading, s.err, s.slot
+}
+
+// Waiting returns why the change log holds replication up; empty while it doesn't.
+func (s *Stats) Waiting() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.waiting
+}
+
+func (s *Stats) setWaiting(why string) (was string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	was, s.waiting = s.waiting, why
+	return was
 }
 
 func (s *Stats) setState(leading bool, err error) {

@@ -29,11 +29,19 @@ const (
 	stallTimeout = 2 * senderTimeout
 	// idlePersist is how often the position of an idle source is stored.
 	idlePersist = 10 * time.Second
+	// callTimeout bounds the leader's short calls to the source: what TCP can't notice must not hold it for ever.
+	callTimeout = 10 * time.Second
 )
+
+// timing is those times, but for tests that can't wait that long.
+type timing struct{ sender, status, stall, idle time.Duration }
+
+var defaultTiming = timing{senderTimeout, statusInterval, stallTimeout, idlePersist}
 
 // stream reads the slot. All its methods but post run on one goroutine, the only one that touches the connection.
 type stream struct {
 	conn    *pgconn.PgConn
+	timing  timing
 	seq     *sequencer
 	queue   *changelog.Queue
 	logged  func() changelog.LSN
@@ -61,18 +69,19 @@ type work struct {
 }
 
 // connect opens the replication connection with the display settings that the codec needs.
-func connect(ctx context.Context, url, encoding string) (*pgconn.PgConn, error) {
+func connect(ctx context.Context, url, encoding string, sender time.Duration) (*pgconn.PgConn, error) {
 	cfg, err := pgconn.ParseConfig(url)
 	if err != nil {
 		return nil, fmt.Errorf("replication url: %w", err)
 	}
 	cfg.RuntimeParams["replication"] = "database"
 	cfg.RuntimeParams["application_name"] = "walgate"
-	cfg.RuntimeParams["wal_sender_timeout"] = fmt.Sprint(senderTimeout.Milliseconds())
+	cfg.RuntimeParams["wal_sender_timeout"] = fmt.Sprint(sender.Milliseconds())
 	for _, s := range schema.SessionSettings {
 		cfg.RuntimeParams[s.Name] = s.Value
 	}
 	cfg.RuntimeParams["client_encoding"] = schema.ClientEncoding(encoding)
+	schema.BoundConnection(cfg)
 	conn, err := pgconn.ConnectConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("open the replication connection (it must reach PostgreSQL directly, not through a pooler): %w", err)
@@ -82,6 +91,8 @@ func connect(ctx context.Context, url, encoding string) (*pgconn.PgConn, error) 
 
 // start begins streaming where the slot stands.
 func start(ctx context.Context, conn *pgconn.PgConn, slot string, p schema.Publications) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	names := strings.ReplaceAll(ident(p.Rows)+","+ident(p.Events), "'", "''")
 	err := pglogrepl.StartReplication(ctx, conn, slot, 0, pglogrepl.StartReplicationOptions{PluginArgs: []string{
 		"proto_version '1'", "publication_names '" + names + "'", "messages 'true'",
@@ -148,9 +159,9 @@ func (s *stream) tick(ctx context.Context) error {
 		if err := s.sendStatus(); err != nil {
 			return err
 		}
-		s.nextStatus = now.Add(statusInterval)
+		s.nextStatus = now.Add(s.timing.status)
 	}
-	if now.Sub(s.heard) > stallTimeout {
+	if now.Sub(s.heard) > s.timing.stall {
 		return errStalled
 	}
 	s.conn.Conn().SetReadDeadline(s.nextStatus)
@@ -191,7 +202,7 @@ func (s *stream) runControl(ctx context.Context) error {
 
 // persistIdle stores how far an idle source was read, now and then: only what is stored may be acknowledged.
 func (s *stream) persistIdle(ctx context.Context, now time.Time) error {
-	if s.received <= s.handed || s.logged() < s.handed || now.Sub(s.idleAsked) < idlePersist {
+	if s.received <= s.handed || s.logged() < s.handed || now.Sub(s.idleAsked) < s.timing.idle {
 		return nil
 	}
 	s.idleAsked = now
@@ -213,15 +224,16 @@ func (s *stream) put(ctx context.Context, p changelog.Piece) error {
 		s.handed = max(s.handed, p.LSN)
 	}
 	for !s.queue.TryPut(p) {
-		if err := s.queue.WaitRoom(ctx, statusInterval/2); err != nil {
+		if err := s.queue.WaitRoom(ctx, s.timing.status/2); err != nil {
 			return &appendFailure{err}
 		}
 		s.heard = time.Now() // it is us who aren't listening
+		s.stats.WireNanos.Store(s.heard.UnixNano())
 		if !s.heard.Before(s.nextStatus) {
 			if err := s.sendStatus(); err != nil {
 				return &appendFailure{err}
 			}
-			s.nextStatus = s.heard.Add(statusInterval)
+			s.nextStatus = s.heard.Add(s.timing.status)
 		}
 	}
 	failpoint.Here(failpoint.HandedOver)
@@ -271,7 +283,7 @@ func (s *stream) keepalive(ctx context.Context, end changelog.LSN, reply bool) e
 		return nil
 	}
 	// A server that shuts down asks again and again until all of its WAL is acknowledged.
-	if !s.seq.inTx && s.received > s.handed && s.logged() >= s.handed && s.heard.Sub(s.insisted) < senderTimeout/4 {
+	if !s.seq.inTx && s.received > s.handed && s.logged() >= s.handed && s.heard.Sub(s.insisted) < s.timing.sender/4 {
 		s.idleAsked = s.heard
 		if err := s.handOver(ctx); err != nil {
 			return err
@@ -392,7 +404,7 @@ func (s *stream) sendStatus() error {
 	err := pglogrepl.SendStandbyStatusUpdate(context.Background(), s.conn, pglogrepl.StandbyStatusUpdate{
 		WALWritePosition: max(ack, pglogrepl.LSN(s.received)), WALFlushPosition: ack, WALApplyPosition: ack,
 		// Our statuses keep the server from sending keepalives of its own: on a silent source, ask for one.
-		ReplyRequested: time.Since(s.heard) > senderTimeout/2,
+		ReplyRequested: time.Since(s.heard) > s.timing.sender/2,
 	})
 	if err != nil {
 		return fmt.Errorf("send status to the server: %w", err)

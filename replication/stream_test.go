@@ -152,7 +152,7 @@ func TestKilledBetweenAppendAndAcknowledge(t *testing.T) {
 		Watcher: s.watcher, Stats: s.stats, Logger: s.watcher.log})
 	src, err := l.prepare(t.Context())
 	s.ok(err)
-	conn, err := connect(t.Context(), s.dsn, src.encoding)
+	conn, err := connect(t.Context(), s.dsn, src.encoding, senderTimeout)
 	s.ok(err)
 	s.ok(start(t.Context(), conn, s.slot, s.watcher.publications))
 	appender, claimed, err := s.log.NewAppender(t.Context(), s.bus, src.claim)
@@ -164,7 +164,7 @@ func TestKilledBetweenAppendAndAcknowledge(t *testing.T) {
 	queue := changelog.NewQueue(queueBytes)
 	var silent atomic.Uint64 // what is called logged towards the server: nothing
 	silent.Store(uint64(src.claim.SlotLSN))
-	st := &stream{conn: conn, queue: queue, logged: func() changelog.LSN { return changelog.LSN(silent.Load()) }, stats: s.stats, log: l.o.Logger,
+	st := &stream{conn: conn, timing: defaultTiming, queue: queue, logged: func() changelog.LSN { return changelog.LSN(silent.Load()) }, stats: s.stats, log: l.o.Logger,
 		resolve: tn.resolve, received: claimed.LSN, handed: claimed.LSN,
 		seq: &sequencer{clock: changelog.NewClock(claimed.Version), targets: map[uint32]*target{}, stats: s.stats, log: l.o.Logger, logged: claimed.LSN, widen: xidWidener{near: src.xmax}}}
 	ctx, cancel := context.WithCancel(t.Context())

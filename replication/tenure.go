@@ -20,6 +20,8 @@ type tenure struct {
 
 // resolve makes a target of a Relation message; nil where no collection wants its rows. It runs on the stream's goroutine.
 func (t *tenure) resolve(ctx context.Context, r *relation) (*target, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	w := t.leader.o.Watcher
 	d := w.Current()
 	c := d.Set.ByTable(r.oid)

@@ -3,13 +3,34 @@ package schema
 import (
 	"context"
 	"fmt"
+	"net"
+	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
+// connectTimeout bounds making a connection, where the URL has no connect_timeout: a pool counts one that hangs as open.
+const connectTimeout = 10 * time.Second
+
+// BoundConnection makes connections notice, on both sides, that the other one is gone. Calls have deadlines of their own,
+// for what TCP can't notice; package changelog does the same for the log's database.
+func BoundConnection(c *pgconn.Config) {
+	if c.ConnectTimeout == 0 {
+		c.ConnectTimeout = connectTimeout
+	}
+	c.DialFunc = (&net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3}}).DialContext
+	c.RuntimeParams["tcp_keepalives_idle"] = "15"
+	c.RuntimeParams["tcp_keepalives_interval"] = "5"
+	c.RuntimeParams["tcp_keepalives_count"] = "3"
+	c.RuntimeParams["idle_in_transaction_session_timeout"] = "60s" // else the locks of a lost gateway stay; none of ours pauses that long
+}
+
 // durable makes a session's commits wait for the disk at least; stronger settings stay.
 func durable(ctx context.Context, c *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
 	_, err := c.Exec(ctx, `SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') IN ('off', 'local')`)
 	return err
 }
@@ -21,6 +42,8 @@ func OpenPool(ctx context.Context, url string, maxConns int) (*pgxpool.Pool, err
 	if err != nil {
 		return nil, fmt.Errorf("database url: %w", err)
 	}
+	BoundConnection(&cfg.ConnConfig.Config)
+	cfg.PingTimeout = 2 * time.Second
 	conn, err := pgx.ConnectConfig(ctx, cfg.ConnConfig)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the source: %w", err)
@@ -35,7 +58,7 @@ func OpenPool(ctx context.Context, url string, maxConns int) (*pgxpool.Pool, err
 	}
 	params["jit"] = "off" // would compile each chunk of a large table anew
 	params["client_encoding"] = ClientEncoding(encoding)
-	for _, name := range []string{"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"} {
+	for _, name := range []string{"statement_timeout", "lock_timeout"} {
 		params[name] = "0" // what a role sets for the application; here a context bounds each call
 	}
 	cfg.AfterConnect = durable
