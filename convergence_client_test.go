@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -236,7 +237,7 @@ func (c *syncClient) get(ctx context.Context, path string, query url.Values) (*h
 		Code      string
 		Retryable bool
 	}
-	c.note("%s: %d %s", path, res.StatusCode, text)
+	c.note("%s: %d %.300s", path, res.StatusCode, bytes.TrimPrefix(text, []byte(`{"type":"https://github.com/walgate/walgate/blob/main/docs/errors.md`)))
 	if err := json.Unmarshal(text, &p); err == nil && (p.Retryable && p.Code != "internal" || p.Code == "cursor_expired") {
 		c.counts[p.Code]++
 		return nil, errAway
@@ -431,9 +432,14 @@ func (c *syncClient) lines(body io.Reader, r *replica, names []string) (ended bo
 	if c.rng.IntN(8) == 0 {
 		cut = c.rng.IntN(400)
 	}
+	slow := c.rng.IntN(8) == 0
 	count := 0
 	lines := json.NewDecoder(bufio.NewReader(body))
 	for n := 0; ; n++ {
+		if slow && n%500 == 0 {
+			c.counts["slow read"]++
+			pause(c.t.Context(), time.Duration(c.rng.IntN(100))*time.Millisecond)
+		}
 		var line syncChange
 		if err := lines.Decode(&line); errors.Is(err, io.EOF) {
 			return ended, nil

@@ -13,9 +13,10 @@ CREATE TABLE notes (id uuid PRIMARY KEY, owner_id text, title text NOT NULL, bod
 ALTER TABLE notes ALTER body SET STORAGE EXTERNAL;
 CREATE TABLE items (list_id int, lang text, owner_id text, team_id int, n int NOT NULL DEFAULT 0, body text, PRIMARY KEY (list_id, lang));
 ALTER TABLE items ALTER body SET STORAGE EXTERNAL;
-CREATE TABLE levels (id bigint PRIMARY KEY, level int, archived bool NOT NULL DEFAULT false, name text, double bigint GENERATED ALWAYS AS (id * 2) STORED, tag bigint NOT NULL DEFAULT 0);
+CREATE TYPE mood AS ENUM ('calm');
+CREATE TABLE levels (id bigint PRIMARY KEY, level int, archived bool NOT NULL DEFAULT false, name text, double bigint GENERATED ALWAYS AS (id * 2) STORED, tag bigint NOT NULL DEFAULT 0, mood mood DEFAULT 'calm');
 CREATE TABLE softs (id int PRIMARY KEY, owner_id text, name text, deleted_at timestamptz);
-CREATE TABLE goods (id int PRIMARY KEY, name text, tags text[]);
+` + goodsSQL + `;
 CREATE TABLE events (region text, id int, owner_id text, body text, PRIMARY KEY (region, id)) PARTITION BY LIST (region);
 CREATE TABLE events_north PARTITION OF events FOR VALUES IN ('north');
 CREATE TABLE events_south (id int NOT NULL, body text, owner_id text, region text NOT NULL);
@@ -29,6 +30,9 @@ INSERT INTO exact (id, owner_id, amount) SELECT 900000 + o * 10 + i, 'u' || o, i
 INSERT INTO levels (id, level, name) SELECT g, g % 5, 'level ' || g FROM generate_series(1, 500) g;
 INSERT INTO goods (id, name) SELECT g, 'good ' || g FROM generate_series(1, 1200) g;
 `
+
+// goodsSQL is apart because the table is dropped and made anew.
+const goodsSQL = `CREATE TABLE goods (id int PRIMARY KEY, name text, tags text[], size int DEFAULT 1, label text DEFAULT 'x')`
 
 // convergenceConfig is the gateway's configuration but for the databases.
 const convergenceConfig = `

@@ -41,6 +41,10 @@ func (c *syncClient) follow(ctx context.Context) error {
 	c.note("stream from %s", c.replica.cursor)
 	for frames != 0 {
 		frames--
+		if c.rng.IntN(500) == 0 {
+			c.counts["slow read"]++
+			pause(ctx, time.Duration(c.rng.IntN(700))*time.Millisecond)
+		}
 		_, text, err := conn.ReadMessage()
 		if err != nil {
 			c.note("stream ended at %s, %d frames uncommitted: %v", c.replica.cursor, len(s.staged), err)

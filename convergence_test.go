@@ -15,22 +15,21 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/walgate/walgate/internal/badlink"
 	"github.com/walgate/walgate/internal/pgserver"
 )
 
 const (
-	convergenceSeedEnv  = "WALGATE_TEST_SEED"  // run this seed only
-	convergenceSeedsEnv = "WALGATE_TEST_SEEDS" // run so many seeds
+	convergenceSeedsEnv = "WALGATE_TEST_SEEDS" // so many seeds, or a range such as 200..299
 	convergenceSeeds    = 2
 	convergenceRounds   = 3
 	convergenceRound    = 3 * time.Second
-	convergenceWriters  = 4
+	convergenceWriters  = 5
 	convergenceLimit    = 30 * time.Second // for clients to hold what SELECT returns, once writes have stopped
 	convergenceSecret   = "0123456789abcdef0123456789abcdef"
 )
@@ -40,98 +39,128 @@ const (
 // that it may not see.
 //
 // What the application, the clients and the chaos do follows from the seed; how they interleave doesn't, so a seed that
-// failed may have to run a few times. WALGATE_TEST_SEED=7 or -run 'TestConvergence/seed=7' runs seed 7.
+// failed may have to run a few times. WALGATE_TEST_SEEDS=200 runs seeds 1 to 200, 200..299 those, and 7..7 or
+// -run 'TestConvergence/seed=7' that one. Each seed logs a line of JSON that says what it did. Seeds run in parallel, as
+// many as -parallel says.
 func TestConvergence(t *testing.T) {
 	t.Parallel()
-	for _, seed := range seedsToRun(t) {
-		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) { converge(t, seed) })
+	first, last := seedsToRun(t)
+	for seed := first; seed <= last; seed++ {
+		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+			t.Parallel()
+			converge(t, seed)
+		})
 	}
 }
 
-func seedsToRun(t *testing.T) []uint64 {
-	text := os.Getenv(convergenceSeedEnv)
+func seedsToRun(t *testing.T) (first, last uint64) {
+	text := os.Getenv(convergenceSeedsEnv)
 	if named := regexp.MustCompile(`seed=(\d+)`).FindStringSubmatch(flag.Lookup("test.run").Value.String()); named != nil {
-		text = named[1]
+		text = named[1] + ".." + named[1]
 	}
-	if text != "" {
-		seed, err := strconv.ParseUint(text, 10, 64)
-		if err != nil {
-			t.Fatalf("%s: %v", convergenceSeedEnv, err)
-		}
-		return []uint64{seed}
+	if text == "" {
+		return 1, convergenceSeeds
 	}
-	n := convergenceSeeds
-	if text := os.Getenv(convergenceSeedsEnv); text != "" {
-		var err error
-		if n, err = strconv.Atoi(text); err != nil {
-			t.Fatalf("%s: %v", convergenceSeedsEnv, err)
-		}
+	from, to, ranged := strings.Cut(text, "..")
+	if !ranged {
+		from, to = "1", text
 	}
-	seeds := make([]uint64, n)
-	for i := range seeds {
-		seeds[i] = uint64(i + 1)
+	first, err := strconv.ParseUint(from, 10, 64)
+	last, err2 := strconv.ParseUint(to, 10, 64)
+	if err = errors.Join(err, err2); err != nil {
+		t.Fatalf("%s: %v", convergenceSeedsEnv, err)
 	}
-	return seeds
+	return first, last
 }
 
 // convergence is one seed's run.
 type convergence struct {
 	t       *testing.T
 	seed    uint64
-	server  *pgserver.Server
-	dsn     string
+	server  *pgserver.Server // of the application
+	store   *pgserver.Server // of the log, where that is another one
+	dsn     string           // of the application, without a link
+	links   []*badlink.Link  // between gateway and databases: replication, log, and everything else of the source
 	gateway *gatewayProcess
 	clients []*syncClient
 	commits atomic.Int64
-	events  map[string]int
+	tables  sync.Mutex // held while a table isn't there, and while the gateway starts
+
+	counting sync.Mutex
+	faults   map[string]int // what went wrong, by kind
 }
 
 func (v *convergence) rng(stream uint64) *rand.Rand { return rand.New(rand.NewPCG(v.seed, stream)) }
 
+func (v *convergence) count(what string) {
+	v.counting.Lock()
+	defer v.counting.Unlock()
+	v.faults[what]++
+}
+
 func converge(t *testing.T, seed uint64) {
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("replay with %s=%d go test -run 'TestConvergence/seed=%d' .", convergenceSeedEnv, seed, seed)
-		}
-	})
-	v := &convergence{t: t, seed: seed, events: map[string]int{}}
-	v.server = pgserver.StartForTest(t, pgserver.Options{Settings: map[string]string{"wal_sender_timeout": "5s", "deadlock_timeout": "50ms"}})
-	v.dsn = v.server.Database(t)
+	began := time.Now()
+	v := &convergence{t: t, seed: seed, faults: map[string]int{}}
+	defer func() { v.report(began) }()
 	v.begin(t)
-	for round := range convergenceRounds {
+	cards := deck(v.rng(0), faults, deadlyFaults)
+	for round := range uint64(convergenceRounds) {
 		began := time.Now()
-		v.run(uint64(round))
+		ctx, cancel := context.WithTimeout(t.Context(), convergenceRound)
+		rng := v.rng(round + 1)
+		v.run(ctx, round, rng.IntN(3) > 0, func(ctx context.Context) { cards = v.chaos(ctx, rng, cards, 400*time.Millisecond) })
+		cancel()
 		ran := time.Now()
 		if !t.Failed() {
-			v.settle(round)
+			v.settle(fmt.Sprintf("round %d", round))
 		}
 		if t.Failed() {
 			return
 		}
 		t.Logf("round %d ran %s and settled in %s", round, ran.Sub(began).Round(time.Millisecond), time.Since(ran).Round(time.Millisecond))
 	}
-	counts := map[string]int{}
+}
+
+// report logs what a seed did, for machines.
+func (v *convergence) report(began time.Time) {
+	clients := map[string]int{}
 	for _, c := range v.clients {
 		for name, n := range c.counts {
-			counts[name] += n
+			clients[name] += n
 		}
 	}
-	t.Logf("%d commits, chaos %v, clients %v", v.commits.Load(), v.events, counts)
+	summary, err := json.Marshal(map[string]any{"seed": v.seed, "ok": !v.t.Failed(), "seconds": int(time.Since(began).Seconds()),
+		"commits": v.commits.Load(), "faults": v.faults, "clients": clients})
+	if err != nil {
+		v.t.Error(err)
+	}
+	v.t.Logf("%s", summary)
+	if v.t.Failed() {
+		v.t.Logf("replay with go test -run 'TestConvergence/seed=%d' .", v.seed)
+	}
 }
 
 // begin makes the application's tables, the gateway and the clients.
 func (v *convergence) begin(t *testing.T) {
 	ctx := t.Context()
-	conn, err := pgx.Connect(ctx, v.dsn)
-	if err != nil {
+	v.server = pgserver.StartForTest(t, pgserver.Options{Settings: map[string]string{"deadlock_timeout": "50ms"}})
+	v.dsn = v.server.Database(t)
+	if err := v.ask(ctx, nil, convergenceSQL); err != nil {
 		t.Fatal(err)
 	}
-	_, err = conn.Exec(ctx, convergenceSQL)
-	if err := errors.Join(err, conn.Close(ctx)); err != nil {
-		t.Fatal(err)
+	storage := v.dsn // the log beside the tables, in another database, or on another server
+	switch v.seed % 3 {
+	case 1:
+		storage = v.server.Database(t)
+	case 2:
+		v.store = pgserver.StartForTest(t, pgserver.Options{})
+		storage = v.store.Database(t)
 	}
+	replication, log, source := badlink.To(t, v.dsn), badlink.To(t, storage), badlink.To(t, v.dsn)
+	v.links = []*badlink.Link{replication, log, source}
 	var cfg *Config
-	v.gateway, cfg = newGatewayProcess(t, fmt.Sprintf("database: {url: %q}\n", v.dsn)+convergenceConfig)
+	v.gateway, cfg = newGatewayProcess(t, fmt.Sprintf("database: {url: %q, replication_url: %q}\nstorage: {url: %q}\n",
+		source.DSN(t, v.dsn), replication.DSN(t, v.dsn), log.DSN(t, storage))+convergenceConfig)
 	for i, text := range convergenceClaims {
 		c := newSyncClient(t, cfg, v.gateway.base, fmt.Sprint(i), text, v.rng(1000+uint64(i)))
 		c.names, c.whole = c.caller.collections(), wholePairs
@@ -142,63 +171,28 @@ func (v *convergence) begin(t *testing.T) {
 	}
 }
 
-// run lets application, clients and chaos loose for a round. Tables change in every other round only: the resyncs
-// that follow would hide what was missed before.
-func (v *convergence) run(round uint64) {
-	ctx, cancel := context.WithTimeout(v.t.Context(), convergenceRound)
-	defer cancel()
+// run lets application, clients and chaos loose until ctx ends. Tables change in some rounds only: the resyncs that follow
+// would hide what was missed before.
+func (v *convergence) run(ctx context.Context, round uint64, alter bool, chaos func(context.Context)) {
 	var all sync.WaitGroup
-	rng := v.rng(round)
-	alter := rng.IntN(2) == 0
 	for i := range uint64(convergenceWriters) {
-		w := &writer{t: v.t, dsn: v.dsn, rng: v.rng(100*(round+1) + i), commits: &v.commits, ddl: alter && i == 0, round: round}
+		w := &writer{t: v.t, dsn: v.dsn, rng: v.rng(100*(round+1) + i), commits: &v.commits, count: v.count, round: round, tables: &v.tables}
+		if i == 0 && alter {
+			w.role = altering
+		} else if i == 1 {
+			w.role = lingering
+		}
 		all.Go(func() { w.run(ctx) })
 	}
 	for _, c := range v.clients {
 		all.Go(func() { c.run(ctx) })
 	}
-	all.Go(func() { v.chaos(ctx, rng) })
+	all.Go(func() { chaos(ctx) })
 	all.Wait()
 }
 
-// chaos stops, kills and restarts the gateway and, once in a while, the source. It leaves both running.
-func (v *convergence) chaos(ctx context.Context, rng *rand.Rand) {
-	crash := rng.IntN(4) == 0
-	for ctx.Err() == nil {
-		pause(ctx, time.Duration(200+rng.IntN(1500))*time.Millisecond)
-		if ctx.Err() != nil {
-			return
-		}
-		if err := v.disturb(ctx, rng, crash); err != nil {
-			v.t.Error(err)
-			return
-		}
-		crash = false
-	}
-}
-
-func (v *convergence) disturb(ctx context.Context, rng *rand.Rand, crash bool) error {
-	if crash {
-		v.events["source crashed"]++
-		if err := v.server.Crash(); err != nil {
-			return err
-		}
-		return v.server.Restart(context.WithoutCancel(ctx))
-	}
-	what, signal := "killed", os.Signal(syscall.SIGKILL)
-	if rng.IntN(2) == 0 {
-		what, signal = "stopped", syscall.SIGTERM
-	}
-	v.events[what]++
-	if err := v.gateway.end(signal); err != nil {
-		return err
-	}
-	pause(ctx, time.Duration(rng.IntN(300))*time.Millisecond)
-	return v.gateway.start(context.WithoutCancel(ctx))
-}
-
 // settle lets every client catch up and compares. It waits for equality, for the catalog's changes are found by polling.
-func (v *convergence) settle(round int) {
+func (v *convergence) settle(when string) {
 	ctx, cancel := context.WithTimeout(v.t.Context(), convergenceLimit)
 	defer cancel()
 	var all sync.WaitGroup
@@ -212,11 +206,11 @@ func (v *convergence) settle(round int) {
 					}
 				}
 				if ctx.Err() != nil {
-					c.broken("round %d: no convergence within %s: %v", round, convergenceLimit, last)
+					c.broken("%s: no convergence within %s: %v", when, convergenceLimit, last)
 					return
 				}
 				if !errors.Is(err, errAway) && !errors.Is(err, errDiffers) {
-					c.broken("round %d: %v", round, err)
+					c.broken("%s: %v", when, err)
 					return
 				}
 				last = err

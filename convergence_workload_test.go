@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -21,11 +22,24 @@ type writer struct {
 	dsn     string
 	rng     *rand.Rand
 	conn    *pgx.Conn
-	ddl     bool // this one changes tables too
 	commits *atomic.Int64
-	round   uint64 // part of the names of new columns
-	column  int
+	count   func(what string)
+
+	role        role
+	round       uint64      // part of new names
+	tables      *sync.Mutex // held while a table isn't there
+	alterations []alteration
+	names       int
 }
+
+// role is what kind of writer it is.
+type role int
+
+const (
+	ordinary  role = iota
+	altering       // changes the tables
+	lingering      // keeps its transactions open
+)
 
 // run writes until ctx ends.
 func (w *writer) run(ctx context.Context) {
@@ -43,16 +57,15 @@ func (w *writer) run(ctx context.Context) {
 }
 
 func (w *writer) step(ctx context.Context) error {
-	if w.conn == nil || w.conn.IsClosed() {
-		var err error
-		if w.conn, err = pgx.Connect(ctx, w.dsn); err != nil {
-			w.conn = nil
-			pause(ctx, 20*time.Millisecond)
-			return nil // the server is down
-		}
+	if w.connect(ctx) != nil {
+		pause(ctx, 20*time.Millisecond)
+		return nil // the server is down
 	}
-	if w.ddl {
+	switch w.role {
+	case altering:
 		return w.alter(ctx)
+	case lingering:
+		return w.linger(ctx)
 	}
 	if w.rng.IntN(1200) == 0 {
 		return w.large(ctx)
@@ -67,10 +80,42 @@ func expectedOfWriter(err error) bool {
 		return true // the connection
 	}
 	switch pg.Code {
-	case "23505", "40P01", "40001", "55P03", "42703", "0A000", "57P01", "57P02", "57P03", "53300":
+	case "23505", "40P01", "40001", "55P03", "57P01", "57P02", "57P03", "53300", // contention, the server's state
+		"42703", "42P01", "0A000", "22P02", "23514", "42704", "55000", "XX000": // a table that changes under it; XX000: tuple concurrently updated
 		return true
 	}
 	return false
+}
+
+// linger keeps a transaction open for a while between its operations, and goes back to a savepoint.
+func (w *writer) linger(ctx context.Context) error {
+	tx, err := w.conn.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer tx.Rollback(context.WithoutCancel(ctx))
+	for range 2 + w.rng.IntN(3) {
+		if err := w.operation(ctx, tx); err != nil {
+			return err
+		}
+		inner, err := tx.Begin(ctx)
+		if err != nil {
+			return err
+		}
+		if err := w.operation(ctx, inner); err != nil {
+			return err
+		}
+		pause(ctx, time.Duration(w.rng.IntN(500))*time.Millisecond)
+		if err := inner.Rollback(ctx); err != nil {
+			return err
+		}
+	}
+	if err := tx.Commit(ctx); err != nil {
+		return err
+	}
+	w.commits.Add(1)
+	w.count("long transaction")
+	return nil
 }
 
 // pause is a client or writer that is away; nothing is concluded from how long.
@@ -350,39 +395,4 @@ func (w *writer) large(ctx context.Context) error {
 	}
 	w.commits.Add(1)
 	return nil
-}
-
-// alter truncates a table or changes its columns, now and then.
-func (w *writer) alter(ctx context.Context) error {
-	pause(ctx, time.Duration(100+w.rng.IntN(900))*time.Millisecond)
-	w.column++
-	table := []string{"notes", "items", "levels", "events", "softs", "exact"}[w.rng.IntN(6)]
-	column := fmt.Sprintf("extra_%d_%d", w.round, w.column)
-	statements := []string{"SET LOCAL lock_timeout = '500ms'"}
-	switch w.rng.IntN(5) {
-	case 0:
-		statements = append(statements, "TRUNCATE "+[]string{"softs", "goods, keyed", "events", "events_north", "items"}[w.rng.IntN(5)])
-	case 1: // in one transaction with rows that come after
-		statements = append(statements, "TRUNCATE softs", "INSERT INTO softs (id, owner_id, name) SELECT g, 'u' || g % 5, 'after' FROM generate_series(1, 30) g")
-	case 2:
-		statements = append(statements, fmt.Sprintf("ALTER TABLE %s ADD %s text", table, column), fmt.Sprintf("UPDATE %s SET %s = 'set' WHERE ctid IN (SELECT ctid FROM %[1]s LIMIT 10)", table, column))
-	case 3:
-		statements = append(statements, fmt.Sprintf("ALTER TABLE %s ADD %s int NOT NULL DEFAULT 7", table, column))
-	case 4:
-		statements = append(statements, `DO $$ DECLARE c record; BEGIN
-			SELECT attrelid::regclass AS rel, attname INTO c FROM pg_attribute JOIN pg_class k ON k.oid = attrelid
-			WHERE attname LIKE 'extra%' AND NOT attisdropped AND relkind IN ('r', 'p') AND NOT relispartition ORDER BY md5(attname) LIMIT 1;
-			IF FOUND THEN EXECUTE format('ALTER TABLE %s DROP %I', c.rel, c.attname); END IF; END $$`)
-	}
-	tx, err := w.conn.Begin(ctx)
-	if err != nil {
-		return err
-	}
-	defer tx.Rollback(context.WithoutCancel(ctx))
-	for _, s := range statements {
-		if _, err := tx.Exec(ctx, s); err != nil {
-			return err
-		}
-	}
-	return tx.Commit(ctx)
 }

@@ -129,9 +129,7 @@ func (p *parts) install(ctx context.Context, cfg *Config, logger *slog.Logger) e
 		logger.Warn("no collections are configured: nothing is synced")
 	}
 	if cfg.AutoInit {
-		if err := initialise(ctx, cfg, p, logger); err != nil {
-			return err
-		}
+		return initialise(ctx, cfg, p, logger) // a partition that is made right now joins with the next look at the catalog
 	}
 	conn, err := p.source.Acquire(ctx)
 	if err != nil {

@@ -117,7 +117,7 @@ func (w *Watcher) refresh(ctx context.Context, join bool) (changed bool, err err
 		return false, err
 	}
 	old := w.current.Load()
-	if old != nil && old.shapes == shapes(cat) && !(join && old.unjoined) {
+	if old != nil && old.shapes == shapes(cat) && !(join && (old.unjoined || len(old.Stopped) > 0)) {
 		return false, nil
 	}
 	d := &Definitions{}
