@@ -115,6 +115,10 @@ func (s *sockets) connect(ctx context.Context, base, path, token, first string) 
 
 // connectAll opens sockets until there are n, several at a time, and reads them.
 func (s *sockets) connectAll(ctx context.Context, n int, connect func(ctx context.Context, i int) (*socket, error)) error {
+	return s.openAll(ctx, n, connect, s.poller.add)
+}
+
+func (s *sockets) openAll(ctx context.Context, n int, connect func(ctx context.Context, i int) (*socket, error), then func(*socket) error) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(8)
 	for i := s.len(); i < n; i++ {
@@ -123,7 +127,7 @@ func (s *sockets) connectAll(ctx context.Context, n int, connect func(ctx contex
 			if err != nil {
 				return err
 			}
-			return s.poller.add(one)
+			return then(one)
 		})
 	}
 	return g.Wait()
