@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5"
 )
 
 // owners of the rows that are drained: each row goes to one of so many scopes.
@@ -96,9 +97,33 @@ func drain(ctx context.Context, b *bench, count int, r result, write func(*datab
 		return nil, err
 	}
 	r.walgate, r.bare, r.unit = float64(count)/walgate.Seconds(), float64(count)/bare.Seconds(), "/s"
-	r.note = fmt.Sprintf("%d of them; walgate took %.1f s of CPU", count, d.gateway.cpu().Seconds())
+	sender, writer, err := d.backendsCPU(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r.note = fmt.Sprintf("%d in %.1f s; CPU: walgate %.1f s, walsender %.1f s, log's writer %.1f s", count, walgate.Seconds(), d.gateway.cpu().Seconds(), sender.Seconds(), writer.Seconds())
 	peak := result{name: "peak memory", walgate: d.gateway.peakMemory(), unit: "MB", less: true}
 	return []result{r, peak}, nil
+}
+
+// backendsCPU returns the processor times of PostgreSQL's processes for walgate: the one that sends the WAL, and the busiest
+// of the others, which writes the log.
+func (d *database) backendsCPU(ctx context.Context) (sender, writer time.Duration, err error) {
+	rows, err := d.Query(ctx, "SELECT pid, backend_type = 'walsender' FROM pg_stat_activity WHERE application_name = 'walgate' AND datname = $1", d.name)
+	if err != nil {
+		return 0, 0, err
+	}
+	var pid int
+	var sends bool
+	_, err = pgx.ForEachRow(rows, []any{&pid, &sends}, func() error {
+		if sends {
+			sender = processCPU(pid)
+		} else {
+			writer = max(writer, processCPU(pid))
+		}
+		return nil
+	})
+	return sender, writer, err
 }
 
 func (d *database) drainBare(ctx context.Context, target string, count int) (time.Duration, error) {

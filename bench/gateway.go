@@ -180,9 +180,12 @@ func (g *gateway) memory() float64 {
 	return processMemory(g.process.Process.Pid, "VmRSS:")
 }
 
-// cpu returns the processor time that the process has taken, in steps of 10 ms.
-func (g *gateway) cpu() time.Duration {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", g.process.Process.Pid))
+// cpu returns the processor time that the process has taken.
+func (g *gateway) cpu() time.Duration { return processCPU(g.process.Process.Pid) }
+
+// processCPU returns a process's time in steps of 10 ms; 0 where the system doesn't tell.
+func processCPU(pid int) time.Duration {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0
 	}
