@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"slices"
@@ -74,6 +75,7 @@ func connect(ctx context.Context, url, encoding string, sender time.Duration) (*
 	if err != nil {
 		return nil, fmt.Errorf("replication url: %w", err)
 	}
+	cfg.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend { return pgproto3.NewFrontend(newGatherer(r), w) }
 	cfg.RuntimeParams["replication"] = "database"
 	cfg.RuntimeParams["application_name"] = "walgate"
 	cfg.RuntimeParams["wal_sender_timeout"] = fmt.Sprint(sender.Milliseconds())
