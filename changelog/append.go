@@ -21,6 +21,10 @@ import (
 // position only.
 const announceLimit = 4 << 20
 
+// bufferKept is the most memory that is kept from one append to the next: more than what a queue's worth of rows needs, less
+// than a giant row.
+const bufferKept = 32 << 20
+
 // Appender is the log's only writer: it owns one connection and belongs to one goroutine.
 type Appender struct {
 	conn       *pgx.Conn
@@ -223,7 +227,7 @@ func (a *Appender) copyEntries(ctx context.Context, pieces []Piece) error {
 	a.buf = append(a.buf, 0xff, 0xff)
 	_, err := a.conn.PgConn().CopyFrom(ctx, bytes.NewReader(a.buf), sql)
 	failpoint.Here(failpoint.Appended)
-	if cap(a.buf) > 64<<20 { // after one giant row
+	if cap(a.buf) > bufferKept {
 		a.buf = nil
 	}
 	return err

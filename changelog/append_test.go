@@ -345,3 +345,23 @@ func BenchmarkAppend(b *testing.B) {
 		})
 	}
 }
+
+// TestGiantRowLeavesNoBuffer: what a giant row needed isn't kept.
+func TestGiantRowLeavesNoBuffer(t *testing.T) {
+	t.Parallel()
+	l, _ := newLog(t)
+	a, c := restart(t, l, nil)
+	e := upsert(c.Version+1, c.Version+1, 1, "giant")
+	e.Data = append(append([]byte(`"`), bytes.Repeat([]byte("x"), bufferKept)...), '"')
+	appendNow(t, a, transaction(100, e))
+	if n := cap(a.buf); n > bufferKept {
+		t.Errorf("a buffer of %d bytes is kept", n)
+	}
+	if len(a.entries) > 0 {
+		t.Error("entries are kept after their announcement")
+	}
+	p := mustRead(t, l, Request{Scopes: [][16]byte{scope(1)}, Limit: 10, MaxBytes: 1000})
+	if len(p.Entries) != 1 || len(p.Entries[0].Data) != bufferKept+2 {
+		t.Errorf("%d entries", len(p.Entries))
+	}
+}

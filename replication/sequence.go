@@ -16,6 +16,8 @@ const (
 	pieceBytes   = 512 << 10
 	pieceEntries = 2000
 	arenaChunk   = 64 << 10
+	// giantBytes is the size from which a document isn't copied into a piece's memory, and no buffer is kept for the next.
+	giantBytes = 1 << 20
 )
 
 // target is where a relation's rows go: the collection as bound to the layout of the last Relation message.
@@ -258,6 +260,10 @@ func (s *sequencer) addEntries(t *target, id []byte, old, now schema.Row, change
 		s.scratch = doc
 		if err != nil {
 			return err
+		}
+		if len(doc) >= giantBytes { // the piece takes the buffer
+			data, s.scratch = doc, nil
+			continue
 		}
 		data = s.hold(doc)
 	}

@@ -314,3 +314,20 @@ func TestXidWidening(t *testing.T) {
 		}
 	})
 }
+
+// TestGiantRowsLeaveNoBuffers: a giant row's memory goes with its piece, and its document isn't copied.
+func TestGiantRowsLeaveNoBuffers(t *testing.T) {
+	t.Parallel()
+	s, pieces := bareStream(bareTarget(t))
+	giant := strings.Repeat("x", 4*giantBytes)
+	got, err := run(t, s, pieces, time.Now(), insert(row("1", "ana", giant, "~")), change(row("1", "ana", giant, "~"), row("1", "ana", giant, "2")), insert(row("3", "ana", "y", "~")))
+	if err != nil || len(got) != 3 || len(got[0].Data) < len(giant) {
+		t.Fatalf("%d entries, %v", len(got), err)
+	}
+	if n := cap(s.seq.scratch); n >= giantBytes {
+		t.Errorf("a buffer of %d bytes is kept for the next row", n)
+	}
+	if n := cap(s.seq.arena); n > arenaChunk {
+		t.Errorf("the next rows share %d bytes with the giant one", n)
+	}
+}
