@@ -52,8 +52,9 @@ func holdAppender(t *testing.T, dsn string) (release func()) {
 // resyncOpenSnapshots counts the gateway's open transactions that hold a snapshot for a client.
 func resyncOpenSnapshots(t *testing.T, conn *pgx.Conn) (n int) {
 	t.Helper()
-	resyncScan(t, conn, []any{&n}, `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
-		AND application_name = 'walgate' AND state LIKE 'idle in transaction%'`)
+	resyncScan(t, conn, []any{&n}, `SELECT count(*) FROM pg_stat_activity a WHERE datname = current_database()
+		AND application_name = 'walgate' AND state LIKE 'idle in transaction%'
+		AND EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.relation >= 16384)`) // not the look at the catalog
 	return n
 }
 

@@ -184,6 +184,6 @@ func sourceStatus(s *replication.Stats, w *replication.Watcher) gateway.SourceSt
 		Acknowledged: changelog.LSN(s.Acknowledged.Load()), Transactions: s.Transactions.Load(), Rows: s.Rows.Load(),
 		Reconnects: s.Reconnects.Load(), PolicyErrors: s.PolicyErrors.Load(), LastCommit: time.Unix(0, s.CommitNanos.Load()),
 		LastHeard: time.Unix(0, s.WireNanos.Load()), QueueBytes: s.QueueBytes.Load(), SlotLag: slot.LagBytes, LogRows: s.LogRows.Load(), SlotStatus: slot.Status,
-		Stopped: w.Current().Stopped,
+		Stopped: w.Current().Stopped, Impaired: w.Current().Impaired,
 	}
 }

@@ -40,6 +40,8 @@ type ClaimedCollection struct {
 	Empty bool
 	// Keep says that the stored shape may become this one without clients noticing.
 	Keep func(stored string) bool
+	// Stopped says why the collection can't be logged now; its name is all else that is known of it then.
+	Stopped string
 }
 
 // Claimed is where a new leader starts.
@@ -193,6 +195,16 @@ func claimCollections(ctx context.Context, tx pgx.Tx, c Claim, out *Claimed) err
 	for _, want := range c.Collections {
 		f, reason := Version(0), ""
 		old := findCollection(have, want.Name)
+		if want.Stopped != "" {
+			if old != nil {
+				old.Stopped = want.Stopped
+				out.Collections = append(out.Collections, *old)
+			}
+			if _, err := tx.Exec(ctx, `UPDATE walgate.collections SET stopped = $2 WHERE name = $1`, want.Name, want.Stopped); err != nil {
+				return err
+			}
+			continue
+		}
 		switch {
 		case old == nil && want.Empty && !missed(out.NewHistory):
 			reason = "from the beginning"

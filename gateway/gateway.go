@@ -65,6 +65,7 @@ type SourceStatus struct {
 	LogRows      int64 // about
 	SlotStatus   string
 	Stopped      map[string]string // collections, and why
+	Impaired     map[string]string // collections that go on but not in all ways, and why
 }
 
 // Gateway serves clients. Make it with New; Run does everything else.

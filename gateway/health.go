@@ -40,13 +40,16 @@ func (g *Gateway) readyz(c *fiber.Ctx) error {
 	if s.Waiting != "" {
 		degraded["append"] = s.Waiting
 	}
-	for name, why := range s.Stopped {
+	for name, why := range s.Impaired {
 		degraded["collection "+name] = why
 	}
 	for _, col := range head.Collections {
 		if col.Stopped != "" {
 			degraded["collection "+col.Name] = col.Stopped
 		}
+	}
+	for name, why := range s.Stopped { // newer than what the log says
+		degraded["collection "+name] = why
 	}
 	state, code := "ready", fiber.StatusOK
 	if len(degraded) > 0 {

@@ -176,6 +176,17 @@ func (k *compiler) checkTable() {
 	case 't':
 		k.fault("table", t.String()+", a temporary table", want, "its changes are not in the log")
 	}
+	if t.Schema == "information_schema" || t.Schema == "walgate" || strings.HasPrefix(t.Schema, "pg_") && t.Persistence != 't' {
+		k.fault("table", t.String()+", a system table", "a table of the application", "PostgreSQL publishes no system tables, and walgate's own are not for clients")
+	}
+	for _, l := range t.Leaves {
+		switch {
+		case l.Kind == 'f':
+			k.fault("table", t.String()+", whose partition "+l.Schema+"."+l.Name+" is a foreign table", want, "its changes are in another server's log")
+		case l.Persistence == 'u':
+			k.fault("table", t.String()+", whose partition "+l.Schema+"."+l.Name+" is unlogged", want, "ALTER TABLE … SET LOGGED: its changes are not in the log")
+		}
+	}
 	if t.Partition {
 		k.fault("table", t.String()+", a partition", want, "name the partitioned table at its root")
 	}
@@ -236,6 +247,10 @@ func (k *compiler) checkIdentity() {
 		}
 		return
 	}
+	if t.KeyDeferrable {
+		k.fault(path, "default, with a deferrable primary key", "a key that is checked at once",
+			"use full: PostgreSQL takes no deferrable key for an identity, and would refuse the application's updates")
+	}
 	inKey := make(map[int]bool, len(t.Key))
 	for _, i := range t.Key {
 		inKey[i] = true
@@ -286,6 +301,7 @@ func fingerprint(c *Collection) string {
 		add("scope")
 		for _, col := range alt.columns {
 			add(col.name, c.Table.Columns[col.table].Type.Name, strings.Join(col.claim, "."))
+			add(col.typ.Labels...) // a claim may equal a new label, whose rows its caller was not told of before
 		}
 	}
 	roles := slices.Compact(slices.Sorted(slices.Values(c.Spec.Read.Roles)))

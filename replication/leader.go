@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -41,8 +42,9 @@ type Options struct {
 
 // Leader tails the source into the log for as long as it holds the slot.
 type Leader struct {
-	o          Options
-	lookAtSlot chan struct{} // capacity 1
+	o           Options
+	lookAtSlot  chan struct{} // capacity 1
+	unpublished bool          // the slot stands where no publication was
 }
 
 // NewLeader returns a leader; Run does the work.
@@ -71,10 +73,16 @@ func (l *Leader) Run(ctx context.Context) error {
 			l.o.Stats.setState(false, nil)
 			return nil
 		}
+		l.unpublished = l.unpublished || publicationMissing(err)
 		l.o.Stats.setState(false, err)
 		l.o.Stats.Reconnects.Add(1)
 		if time.Since(began) > time.Minute {
 			pause = firstBackoff
+		}
+		if errors.Is(err, errReclaim) {
+			l.o.Logger.Info("beginning a new session", "reason", err)
+			pause = firstBackoff
+			continue
 		}
 		if slotBusy(err) {
 			l.o.Logger.Info("another process reads the slot; waiting to take over", "slot", l.o.Slot)
@@ -101,6 +109,13 @@ func (l *Leader) waiting(why string) {
 func slotBusy(err error) bool {
 	var pg *pgconn.PgError
 	return errors.As(err, &pg) && pg.Code == "55006" // object_in_use
+}
+
+// publicationMissing says that the WAL at the slot's position comes from a time without publication: it decodes by the
+// catalog of that time, whatever exists now.
+func publicationMissing(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg) && pg.Code == "42704" && strings.Contains(pg.Message, "publication") // undefined_object
 }
 
 // session is one tenure: take the slot, take the log over, stream until something fails.
@@ -187,6 +202,13 @@ func (l *Leader) prepare(ctx context.Context) (*sourceState, error) {
 	if !exists[l.o.Publications.Rows] || !exists[l.o.Publications.Events] {
 		return nil, fmt.Errorf("publication %s or %s is missing: run walgate init", l.o.Publications.Rows, l.o.Publications.Events)
 	}
+	if l.unpublished { // it can never decode what was written while there was no publication
+		l.o.Logger.Warn("the publication was missing for a while, and the slot can't read past that; making a new one, clients will resynchronise", "slot", l.o.Slot)
+		if err := DropSlot(short, conn, l.o.Slot); err != nil {
+			return nil, err
+		}
+		l.unpublished = false
+	}
 	slot, err := EnsureSlot(ctx, conn, l.o.Slot, l.o.Logger) // may wait for long to make one
 	if err != nil {
 		return nil, err
@@ -216,6 +238,9 @@ func (l *Leader) prepare(ctx context.Context) (*sourceState, error) {
 func (l *Leader) claimed(ctx context.Context, conn *pgx.Conn) []changelog.ClaimedCollection {
 	d := l.o.Watcher.Current()
 	var out []changelog.ClaimedCollection
+	for name, why := range d.Stopped {
+		out = append(out, changelog.ClaimedCollection{Name: name, Stopped: why})
+	}
 	for _, c := range d.Set.Collections {
 		out = append(out, changelog.ClaimedCollection{
 			Name: c.Name, Fingerprint: c.Fingerprint, Shape: c.Table.Shape(), Retention: c.Retention,
@@ -261,7 +286,7 @@ func (l *Leader) stream(ctx context.Context, conn *pgconn.PgConn, appender *chan
 		l.o.Stats.appended(a)
 		l.o.Stats.QueueBytes.Store(int64(queue.Len()))
 	}
-	t := &tenure{leader: l, ids: map[string]changelog.Collection{}}
+	t := &tenure{leader: l, ids: map[string]changelog.Collection{}, halted: map[string]bool{}}
 	for _, col := range c.Collections {
 		t.ids[col.Name] = col
 	}

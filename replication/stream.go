@@ -391,11 +391,21 @@ func (s *stream) relation(ctx context.Context, r *relation) error {
 	case t.stopped != "" && (!known || old == nil || old.stopped != t.stopped):
 		s.log.Error("collection stopped", "collection", t.collection.Name, "table", r.schema+"."+r.name, "reason", t.stopped)
 		s.seq.raise(changelog.Raise{Collection: t.id, SetStopped: true, Stopped: t.stopped})
-	case t.stopped == "" && known && old != nil && old.stopped != "":
+	case t.stopped == "" && known && old != nil && old.stopped != "" && !s.halts(t.id): // another partition may still be stopped
 		s.log.Info("collection goes on; its clients resynchronise", "collection", t.collection.Name)
 		s.seq.raise(changelog.Raise{Collection: t.id, Reason: "was stopped: " + old.stopped, SetStopped: true})
 	}
 	return nil
+}
+
+// halts says whether some relation of a collection is stopped.
+func (s *stream) halts(id int32) bool {
+	for _, t := range s.seq.targets {
+		if t != nil && t.id == id && t.stopped != "" {
+			return true
+		}
+	}
+	return false
 }
 
 // sendStatus tells the server how far everything is logged. All three positions are set: a zero flush would be taken

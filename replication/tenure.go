@@ -2,11 +2,13 @@ package replication
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
 
 	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/policies"
 	"github.com/walgate/walgate/schema"
 )
 
@@ -16,6 +18,7 @@ type tenure struct {
 	stream *stream
 	mu     sync.Mutex
 	ids    map[string]changelog.Collection // what the log has stored, by name
+	halted map[string]bool                 // collections that the stream has stopped at a Relation message
 }
 
 // resolve makes a target of a Relation message; nil where no collection wants its rows. It runs on the stream's goroutine.
@@ -39,6 +42,15 @@ func (t *tenure) resolve(ctx context.Context, r *relation) (*target, error) {
 	if !ok {
 		return nil, nil
 	}
+	out, err := t.bind(ctx, r, c, id)
+	if err == nil && out.stopped != "" {
+		t.halt(c.Name)
+	}
+	return out, err
+}
+
+// bind makes the target of a relation that belongs to a collection.
+func (t *tenure) bind(ctx context.Context, r *relation, c *policies.Collection, id int32) (*target, error) {
 	out := &target{relation: r, collection: c, id: id, guarded: c.HasGuard()}
 	cols, err := t.layout(ctx, r, c.Table)
 	if err != nil {
@@ -55,6 +67,14 @@ func (t *tenure) resolve(ctx context.Context, r *relation) (*target, error) {
 		out.stopped = err.Error()
 	}
 	return out, nil
+}
+
+// halt remembers that the stream has stopped a collection: the next look at a catalog in order lets it go on, for a table
+// that nobody writes to would never tell.
+func (t *tenure) halt(name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.halted[name] = true
 }
 
 func (t *tenure) id(name string) (int32, bool) {
@@ -99,6 +119,9 @@ func (t *tenure) layout(ctx context.Context, r *relation, table *schema.Table) (
 	return cols, nil
 }
 
+// errReclaim ends a session whose collections compile to other policies than the log was taken over with.
+var errReclaim = errors.New("taking the change log over anew")
+
 // changed compares the catalog with what the log has stored and raises floors where documents look different now. A
 // raise waits until the stream has passed the place where the change was seen: documents logged after the floor are then
 // of the new shape.
@@ -106,40 +129,13 @@ func (t *tenure) changed() {
 	o := t.leader.o
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	d := o.Watcher.Current()
-	var raises []changelog.Raise
-	t.mu.Lock()
-	for _, c := range d.Set.Collections {
-		stored, ok := t.ids[c.Name]
-		shape := c.Table.Shape()
-		if !ok || stored.Fingerprint != c.Fingerprint {
-			t.stream.post(0, func() {
-				t.stream.failed = fmt.Errorf("collection %s compiles to another policy since its table changed: taking the change log over anew", c.Name)
-			})
-			continue
-		}
-		if stored.Shape == shape && stored.Stopped == "" {
-			continue
-		}
-		r := changelog.Raise{Collection: stored.ID, Shape: shape}
-		if !c.Table.KeepsShape(stored.Shape) {
-			r.Reason = "the table's shape changed"
-		}
-		if stored.Stopped != "" {
-			r.Reason, r.SetStopped = "was stopped: "+stored.Stopped, true
-		}
-		stored.Shape, stored.Stopped = shape, ""
-		t.ids[c.Name] = stored
-		raises = append(raises, r)
+	raises, other := t.compare(o.Watcher.Current())
+	if other != "" {
+		t.stream.post(0, func() {
+			t.stream.failed = fmt.Errorf("collection %s compiles to another policy since its table changed: %w", other, errReclaim)
+		})
+		return
 	}
-	for name, why := range d.Stopped {
-		if stored, ok := t.ids[name]; ok && stored.Stopped != why {
-			stored.Stopped = why
-			t.ids[name] = stored
-			raises = append(raises, changelog.Raise{Collection: stored.ID, SetStopped: true, Stopped: why})
-		}
-	}
-	t.mu.Unlock()
 	if len(raises) == 0 {
 		return
 	}
@@ -153,6 +149,71 @@ func (t *tenure) changed() {
 		for _, r := range raises {
 			o.Logger.Warn("a synced table changed", "collection_id", r.Collection, "reason", r.Reason, "stopped", r.Stopped)
 			t.stream.seq.raise(r)
+			t.renew(r.Collection)
 		}
 	})
+}
+
+// renew binds a collection's relations to the catalog as it is now: a type may have changed without a Relation message.
+// Those that were stopped, left out or don't fit are forgotten: their next row comes after such a message; if it did not, it
+// would end the session, and the next one starts from what is there. It runs on the stream's goroutine.
+func (t *tenure) renew(id int32) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	set, targets := t.leader.o.Watcher.Current().Set, t.stream.seq.targets
+	for oid, old := range targets {
+		c := set.ByTable(oid)
+		if c == nil {
+			continue
+		}
+		if mine, ok := t.id(c.Name); !ok || mine != id {
+			continue
+		}
+		delete(targets, oid)
+		if old == nil || old.stopped != "" {
+			continue
+		}
+		if fresh, err := t.bind(ctx, old.relation, c, id); err == nil && fresh.stopped == "" {
+			targets[oid] = fresh
+		}
+	}
+}
+
+// compare returns what must be raised for the log to agree with the catalog, or a collection that needs another tenure.
+func (t *tenure) compare(d *Definitions) (raises []changelog.Raise, other string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, c := range d.Set.Collections {
+		stored, ok := t.ids[c.Name]
+		if !ok || stored.Fingerprint != c.Fingerprint {
+			return nil, c.Name
+		}
+		shape, healed := c.Table.Shape(), t.halted[c.Name] && withoutFull(c) == ""
+		if stored.Shape == shape && stored.Stopped == "" && !healed {
+			continue
+		}
+		r := changelog.Raise{Collection: stored.ID, Shape: shape}
+		if !c.Table.KeepsShape(stored.Shape) {
+			r.Reason = "the table's shape changed"
+		}
+		if stored.Stopped != "" {
+			r.Reason, r.SetStopped = "was stopped: "+stored.Stopped, true
+		} else if healed {
+			r.Reason, r.SetStopped = "was stopped: changes of its rows could not be followed", true
+		}
+		if r.SetStopped {
+			delete(t.halted, c.Name)
+		}
+		stored.Shape, stored.Stopped = shape, ""
+		t.ids[c.Name] = stored
+		raises = append(raises, r)
+	}
+	for name, why := range d.Stopped {
+		if stored, ok := t.ids[name]; ok && stored.Stopped != why {
+			stored.Stopped = why
+			t.ids[name] = stored
+			raises = append(raises, changelog.Raise{Collection: stored.ID, SetStopped: true, Stopped: why})
+		}
+	}
+	return raises, ""
 }

@@ -25,7 +25,10 @@ type Definitions struct {
 	Catalog *schema.Catalog
 	Set     *policies.Set
 	Stopped map[string]string // collections that the present catalog doesn't allow, and why
-	shapes  string
+	// Impaired are collections that go on but not in all ways, and why: their full resyncs fail, or rows may come that
+	// can't be followed.
+	Impaired map[string]string
+	shapes   string
 	// unjoined says that tables may still have to join the publication.
 	unjoined bool
 }
@@ -62,7 +65,7 @@ func (w *Watcher) Start(ctx context.Context) ([]policies.Fault, error) {
 	if len(faults) > 0 {
 		return faults, nil
 	}
-	w.current.Store(&Definitions{Catalog: cat, Set: set, shapes: shapes(cat)})
+	w.current.Store(&Definitions{Catalog: cat, Set: set, Impaired: impaired(set, w.pool.Config().ConnConfig.User), shapes: shapes(cat)})
 	return nil, nil
 }
 
@@ -72,7 +75,8 @@ func (w *Watcher) Current() *Definitions { return w.current.Load() }
 // Types returns the registry that the catalog's types are in.
 func (w *Watcher) Types() *schema.Types { return &w.types }
 
-// Run polls until ctx ends.
+// Run polls until ctx ends, and calls everybody who asked after each look: a collection that the stream had stopped goes on
+// when the catalog is found in order.
 func (w *Watcher) Run(ctx context.Context) error {
 	tick := time.NewTicker(w.every)
 	defer tick.Stop()
@@ -82,28 +86,31 @@ func (w *Watcher) Run(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		if err := w.reload(ctx, w.autoInit); err != nil && ctx.Err() == nil {
+		if _, err := w.refresh(ctx, w.autoInit); err == nil {
+			w.tell()
+		} else if ctx.Err() == nil {
 			w.log.Warn("the source's catalog can't be read; trying again", "error", err)
 		}
 	}
 }
 
 // Reload reads the catalog now and, where it changed, compiles anew and calls everybody who asked.
-func (w *Watcher) Reload(ctx context.Context) error { return w.reload(ctx, false) }
-
-// reload calls the others after it let go of its lock: they talk to the database, and the stream must not wait for that.
-func (w *Watcher) reload(ctx context.Context, join bool) error {
-	changed, err := w.refresh(ctx, join)
-	if err != nil || !changed {
-		return err
+func (w *Watcher) Reload(ctx context.Context) error {
+	changed, err := w.refresh(ctx, false)
+	if err == nil && changed {
+		w.tell()
 	}
+	return err
+}
+
+// tell calls the others without the lock of refresh: they talk to the database, and the stream must not wait for that.
+func (w *Watcher) tell() {
 	w.mu.Lock()
 	calls := slices.Collect(maps.Values(w.onChange))
 	w.mu.Unlock()
 	for _, f := range calls {
 		f()
 	}
-	return nil
 }
 
 // refresh reads the catalog and says whether it changed.
@@ -133,10 +140,16 @@ func (w *Watcher) refresh(ctx context.Context, join bool) (changed bool, err err
 	}
 	d.Catalog, d.shapes = cat, shapes(cat)
 	d.Set, d.Stopped = w.compileWhatCan(cat)
+	d.Impaired = impaired(d.Set, w.pool.Config().ConnConfig.User)
 	w.current.Store(d)
 	for name, why := range d.Stopped {
 		if old == nil || old.Stopped[name] != why {
 			w.log.Error("collection stopped: its table no longer fits its policy", "collection", name, "reason", why)
+		}
+	}
+	for name, why := range d.Impaired {
+		if old == nil || old.Impaired[name] != why {
+			w.log.Error("collection impaired", "collection", name, "reason", why)
 		}
 	}
 	return true, nil
@@ -156,8 +169,13 @@ func (w *Watcher) OnChange(f func()) (remove func()) {
 	}
 }
 
-func (w *Watcher) loadCatalog(ctx context.Context) (*schema.Catalog, error) {
-	return schema.LoadCatalog(ctx, w.pool, &w.types, w.publications.Rows, TableNames(w.specs))
+// loadCatalog reads everything in one snapshot: two halves of different times would hide what changed in between.
+func (w *Watcher) loadCatalog(ctx context.Context) (cat *schema.Catalog, err error) {
+	err = pgx.BeginTxFunc(ctx, w.pool, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
+		cat, err = schema.LoadCatalog(ctx, tx, &w.types, w.publications.Rows, TableNames(w.specs))
+		return err
+	})
+	return cat, err
 }
 
 // join lets tables and leaves that the catalog now has join the publication.
@@ -223,7 +241,7 @@ func PlanFor(ctx context.Context, conn *pgx.Conn, p schema.Publications, set *po
 	for _, c := range set.Collections {
 		wanted = append(wanted, schema.Synced{Table: c.Table, KeyIdentity: c.Spec.ReplicaIdentity == "default"})
 	}
-	return schema.Plan(p, cat.ServerVersion, exists, wanted, published), nil
+	return schema.Plan(p, cat, exists, wanted, published), nil
 }
 
 func compile(specs map[string]policies.Spec, cat *schema.Catalog) (*policies.Set, []policies.Fault) {
@@ -236,28 +254,94 @@ func (w *Watcher) compileWhatCan(cat *schema.Catalog) (*policies.Set, map[string
 	specs := maps.Clone(w.specs)
 	for {
 		set, faults := compile(specs, cat)
+		remedy := "undo the change of the table, or correct the collection and restart"
 		if len(faults) == 0 {
-			faults = unpublished(set, w.publications.Rows)
+			faults, remedy = unpublished(set, cat.Publication), "run walgate init"
 		}
 		if len(faults) == 0 {
 			return set, stopped
 		}
+		var names []string
 		for _, f := range faults {
 			name := collectionOf(f, specs)
-			stopped[name] = fmt.Sprintf("%s: %s, want %s", f.Path, f.Got, f.Want)
+			why := fmt.Sprintf("%s: %s, want %s", f.Path, f.Got, f.Want)
+			if f.Hint != "" {
+				why += " (" + f.Hint + ")"
+			}
+			if stopped[name] != "" {
+				why = stopped[name] + "; " + why
+			}
+			stopped[name] = why
+			names = append(names, name)
+		}
+		slices.Sort(names)
+		for _, name := range slices.Compact(names) {
+			stopped[name] += ": " + remedy
 			delete(specs, name)
 		}
 	}
 }
 
-// unpublished finds the collections whose tables left the publication: nothing of them arrives any more.
-func unpublished(set *policies.Set, publication string) (faults []policies.Fault) {
+// unpublished finds the collections of which not everything arrives: their tables left the publication, or somebody made
+// it tell less.
+func unpublished(set *policies.Set, p schema.Publication) (faults []policies.Fault) {
 	for _, c := range set.Collections {
-		if !c.Table.Published {
-			faults = append(faults, policies.Fault{Path: "collections." + c.Name + ".table", Got: c.Table.String() + " is not in publication " + publication, Want: "a published table: run walgate init"})
+		fault := func(got, want string) {
+			faults = append(faults, policies.Fault{Path: "collections." + c.Name + ".table", Got: got, Want: want})
+		}
+		t, in := c.Table, " publication "+p.Name
+		switch {
+		case !p.Exists:
+			fault(in[1:]+" is missing", "it to exist")
+		case !t.Published:
+			fault(t.String()+" is not in"+in, "a published table")
+		case t.Filtered:
+			fault(t.String()+" is in"+in+" with a row filter", "all of its rows")
+		case t.Listed:
+			fault(t.String()+" is in"+in+" with a column list", "all of its columns")
+		case len(p.Lacks) > 0:
+			fault(in[1:]+" doesn't publish "+strings.Join(p.Lacks, ", "), "publish = 'insert, update, delete, truncate'")
+		case p.ViaRoot && t.Kind == 'p':
+			fault(in[1:]+" has publish_via_partition_root set", "it unset, for the rows of partitions")
+		case p.HidesGenerated && slices.ContainsFunc(t.Columns, func(col schema.Column) bool { return col.Generated }):
+			fault(in[1:]+" has publish_generated_columns = none, so that PostgreSQL refuses the application's updates of "+t.String(), "publish_generated_columns = stored")
 		}
 	}
 	return faults
+}
+
+// impaired finds what doesn't stop a collection but some of its work. user is the role that reads the tables.
+func impaired(set *policies.Set, user string) map[string]string {
+	out := map[string]string{}
+	for _, c := range set.Collections {
+		t := c.Table
+		switch bare := withoutFull(c); {
+		case bare != "":
+			out[c.Name] = fmt.Sprintf("table %s has no REPLICA IDENTITY FULL, so changes of its rows can't be followed: run walgate init", bare)
+		case !t.Readable:
+			out[c.Name] = fmt.Sprintf("full resyncs fail because role %s may not read table %s: %s", user, t, schema.GrantRead(t, user))
+		case t.RowsHidden:
+			out[c.Name] = fmt.Sprintf("full resyncs fail because row-level security would hide rows of table %s from role %s, which the feed doesn't hide: ALTER ROLE %s BYPASSRLS, or disable row-level security there", t, user, pgx.Identifier{user}.Sanitize())
+		}
+	}
+	return out
+}
+
+// withoutFull names a relation whose changes come without the whole old row although the policy needs it, or "".
+func withoutFull(c *policies.Collection) string {
+	t := c.Table
+	switch {
+	case c.Spec.ReplicaIdentity == "default":
+		return ""
+	case t.Kind != 'p' && t.Identity != 'f':
+		return t.String()
+	}
+	for _, l := range t.Leaves {
+		if l.Identity != 'f' {
+			return l.Schema + "." + l.Name
+		}
+	}
+	return ""
 }
 
 // TableNames returns schema.name of every table that the specs name.
@@ -277,13 +361,14 @@ func TableNames(specs map[string]policies.Spec) []string {
 // shapes is everything of the catalog that a change of should be noticed.
 func shapes(cat *schema.Catalog) string {
 	var b strings.Builder
+	fmt.Fprintf(&b, "%+v\n", cat.Publication)
 	for _, t := range cat.Tables {
-		fmt.Fprintf(&b, "%s %c %c %v\n%s", t, t.Kind, t.Identity, t.Published, t.Shape())
+		fmt.Fprintf(&b, "%s %c%c%c %t %t %t %t %t\n%s", t, t.Kind, t.Persistence, t.Identity, t.Filtered, t.Listed, t.Partition, t.Readable, t.RowsHidden, t.Shape())
 		for _, c := range t.Columns {
-			fmt.Fprintf(&b, "%v %v\n", c.NotNull, c.HasDefault)
+			fmt.Fprintf(&b, "%v %v %v %v\n", c.NotNull, c.HasDefault, c.Generated, c.Virtual)
 		}
 		for _, l := range t.Leaves {
-			fmt.Fprintf(&b, "%s %c\n", l.Name, l.Identity)
+			fmt.Fprintf(&b, "%s %c%c%c\n", l.Name, l.Kind, l.Persistence, l.Identity)
 		}
 	}
 	return b.String()

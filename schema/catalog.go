@@ -15,6 +15,21 @@ type Catalog struct {
 	Names []string
 	// ServerVersion is server_version_num, e.g. 150018.
 	ServerVersion int
+	// Publication is how the publication stands.
+	Publication Publication
+}
+
+// Publication is the state of walgate's publication of tables.
+type Publication struct {
+	Name   string
+	Exists bool
+	// Lacks names what it doesn't publish of insert, update, delete and truncate.
+	Lacks []string
+	// ViaRoot says that rows of partitions arrive under their root's name, which their replica identities are not made for.
+	ViaRoot bool
+	// HidesGenerated says that stored generated columns are not published (PostgreSQL 18): with REPLICA IDENTITY FULL the
+	// application can then neither update nor delete rows of tables that have some.
+	HidesGenerated bool
 }
 
 // Table returns the table with this name, or nil.
@@ -28,13 +43,20 @@ func (c *Catalog) Table(schema, name string) *Table {
 }
 
 const relationsSQL = `SELECT c.oid, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text, c.relreplident::text,
-	c.relrowsecurity, c.relispartition,
-	EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE r.prrelid = c.oid AND p.pubname = $2)
+	c.relispartition, c.relfilenode,
+	coalesce(row_security_active(c.oid), false), coalesce(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'), false),
+	CASE WHEN r.oid IS NULL THEN '' ELSE concat_ws('.', p.oid, p.xmin, r.oid) END,
+	to_jsonb(r) ->> 'prqual' IS NOT NULL, to_jsonb(r) ->> 'prattrs' IS NOT NULL
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN pg_publication p ON p.pubname = $2 LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid
 WHERE n.nspname || '.' || c.relname = ANY ($1) AND c.relkind IN ('r','p','v','m','f') ORDER BY 2, 3`
 
+const publicationSQL = `SELECT array_remove(ARRAY[CASE WHEN NOT pubinsert THEN 'insert' END, CASE WHEN NOT pubupdate THEN 'update' END,
+	CASE WHEN NOT pubdelete THEN 'delete' END, CASE WHEN NOT pubtruncate THEN 'truncate' END], NULL), pubviaroot, coalesce(to_jsonb(p) ->> 'pubgencols' = 'n', false)
+FROM pg_publication p WHERE pubname = $1`
+
 const columnsSQL = `SELECT a.attrelid, a.attnum, a.attname::text, a.atttypid, a.atttypmod, a.attnotnull, a.atthasdef OR a.atthasmissing OR a.attidentity <> '',
-	a.attgenerated::text, a.attstorage::text, coalesce((SELECT collisdeterministic FROM pg_collation WHERE pg_collation.oid = a.attcollation), true)
+	a.attgenerated::text, a.attstorage::text, coalesce((SELECT collisdeterministic FROM pg_collation WHERE pg_collation.oid = a.attcollation), true), a.xmin::text
 FROM pg_attribute a WHERE a.attrelid = ANY ($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum`
 
 const keysSQL = `SELECT indrelid, a.attname::text, NOT i.indimmediate FROM pg_index i
@@ -42,10 +64,16 @@ const keysSQL = `SELECT indrelid, a.attname::text, NOT i.indimmediate FROM pg_in
 	JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.num
 WHERE i.indisprimary AND i.indrelid = ANY ($1) ORDER BY indrelid, k.pos`
 
-const leavesSQL = `SELECT r.root, c.oid, n.nspname::text, c.relname::text, c.relreplident::text
-FROM unnest($1::oid[]) AS r(root) CROSS JOIN LATERAL pg_partition_tree(r.root) t
-JOIN pg_class c ON c.oid = t.relid JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE t.isleaf AND c.oid <> r.root ORDER BY 1, 2`
+// leavesSQL knows a partition that was detached and attached again by the rows that say whose it is: what was written to it
+// in between is not in the stream.
+const leavesSQL = `WITH RECURSIVE tree(root, oid, link) AS (
+	SELECT root, root, '' FROM unnest($1::oid[]) AS r(root)
+	UNION ALL
+	SELECT t.root, i.inhrelid, t.link || '.' || i.xmin::text FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid
+)
+SELECT t.root, c.oid, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text, c.relreplident::text, t.link, c.relfilenode
+FROM tree t JOIN pg_class c ON c.oid = t.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind <> 'p' ORDER BY 1, 2`
 
 const namesSQL = `SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r','p') AND NOT c.relispartition AND n.nspname NOT IN ('pg_catalog','information_schema','walgate') AND n.nspname !~ '^pg_' ORDER BY 1`
@@ -66,10 +94,11 @@ func (c *Catalog) load(ctx context.Context, q Querier, types *Types, publication
 	err := each(ctx, q, relationsSQL, []any{names, publication}, func(r pgx.Rows) error {
 		t := &Table{}
 		var kind, persistence, identity string
-		if err := r.Scan(&t.OID, &t.Schema, &t.Name, &kind, &persistence, &identity, &t.RowSecurity, &t.Partition, &t.Published); err != nil {
+		if err := r.Scan(&t.OID, &t.Schema, &t.Name, &kind, &persistence, &identity, &t.Partition, &t.file,
+			&t.RowsHidden, &t.Readable, &t.joined, &t.Filtered, &t.Listed); err != nil {
 			return err
 		}
-		t.Kind, t.Persistence, t.Identity = kind[0], persistence[0], identity[0]
+		t.Kind, t.Persistence, t.Identity, t.Published = kind[0], persistence[0], identity[0], t.joined != ""
 		byOID[t.OID] = t
 		oids = append(oids, t.OID)
 		if t.Kind == 'p' {
@@ -102,13 +131,21 @@ func (c *Catalog) load(ctx context.Context, q Querier, types *Types, publication
 	err = each(ctx, q, leavesSQL, []any{roots}, func(r pgx.Rows) error {
 		var root uint32
 		var l Leaf
-		var identity string
-		if err := r.Scan(&root, &l.OID, &l.Schema, &l.Name, &identity); err != nil {
+		var kind, persistence, identity string
+		if err := r.Scan(&root, &l.OID, &l.Schema, &l.Name, &kind, &persistence, &identity, &l.link, &l.file); err != nil {
 			return err
 		}
-		l.Identity = identity[0]
+		l.Kind, l.Persistence, l.Identity = kind[0], persistence[0], identity[0]
 		byOID[root].Leaves = append(byOID[root].Leaves, l)
 		return nil
+	})
+	if err != nil {
+		return err
+	}
+	c.Publication.Name = publication
+	err = each(ctx, q, publicationSQL, []any{publication}, func(r pgx.Rows) error {
+		c.Publication.Exists = true
+		return r.Scan(&c.Publication.Lacks, &c.Publication.ViaRoot, &c.Publication.HidesGenerated)
 	})
 	if err != nil {
 		return err
@@ -136,7 +173,7 @@ func loadColumns(ctx context.Context, q Querier, types *Types, tables map[uint32
 		var l loaded
 		var generated, storage string
 		col := &l.column
-		if err := r.Scan(&l.table, &col.Num, &col.Name, &l.typ, &col.TypMod, &col.NotNull, &col.HasDefault, &generated, &storage, &col.Deterministic); err != nil {
+		if err := r.Scan(&l.table, &col.Num, &col.Name, &l.typ, &col.TypMod, &col.NotNull, &col.HasDefault, &generated, &storage, &col.Deterministic, &col.stamp); err != nil {
 			return err
 		}
 		col.Generated, col.Virtual = generated != "", generated == "v"

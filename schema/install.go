@@ -65,13 +65,17 @@ INSERT INTO walgate.migrations (part, name) VALUES ('source', '001_source.sql');
 
 // Plan returns the steps that bring publication and replica identities to what is wanted; none when all is well.
 // published are the tables that the publication holds now (PublishedTables), exists says which publications exist.
-func Plan(p Publications, serverVersion int, exists map[string]bool, wanted []Synced, published []*Table) []Step {
+func Plan(p Publications, cat *Catalog, exists map[string]bool, wanted []Synced, published []*Table) []Step {
 	var steps []Step
+	with, now := `publish = 'insert, update, delete, truncate'`, cat.Publication
+	if cat.ServerVersion >= 180000 { // else replica identity FULL would break the application's UPDATE of such tables
+		with += `, publish_generated_columns = stored`
+	}
+	if exists[p.Rows] && (len(now.Lacks) > 0 || now.ViaRoot || now.HidesGenerated) {
+		steps = append(steps, Step{What: "give publication " + p.Rows + " its options back", Statements: []string{
+			fmt.Sprintf("ALTER PUBLICATION %s SET (%s, publish_via_partition_root = false)", ident(p.Rows), with)}})
+	}
 	if !exists[p.Rows] {
-		with := `publish = 'insert, update, delete, truncate'`
-		if serverVersion >= 180000 { // else replica identity FULL would break the application's UPDATE of such tables
-			with += `, publish_generated_columns = stored`
-		}
 		steps = append(steps, Step{What: "create publication " + p.Rows, Statements: []string{
 			fmt.Sprintf("CREATE PUBLICATION %s WITH (%s)", ident(p.Rows), with)}})
 	}
@@ -125,7 +129,10 @@ func joinStep(publication string, s Synced) Step {
 			fmt.Sprintf(`INSERT INTO walgate.tables (relation, former_identity, former_index) SELECT c.oid, c.relreplident, (SELECT indexrelid FROM pg_index WHERE indrelid = c.oid AND indisreplident) FROM pg_class c WHERE c.oid = %s::regclass ON CONFLICT (relation) DO NOTHING`, literal(r.sql)),
 			fmt.Sprintf("ALTER TABLE ONLY %s REPLICA IDENTITY FULL", r.sql))
 	}
-	if !t.Published {
+	if t.Published && (t.Filtered || t.Listed) {
+		st.Statements = append(st.Statements, fmt.Sprintf("ALTER PUBLICATION %s DROP TABLE ONLY %s", ident(publication), t.sql()))
+	}
+	if !t.Published || t.Filtered || t.Listed {
 		target := "ONLY " + t.sql()
 		if t.Kind == 'p' {
 			target = t.sql()
@@ -269,6 +276,11 @@ func (t *Table) sql() string { return pgx.Identifier{t.Schema, t.Name}.Sanitize(
 
 // SQL returns the table's name quoted for SQL.
 func (t *Table) SQL() string { return t.sql() }
+
+// GrantRead is what lets a role read a table.
+func GrantRead(t *Table, role string) string {
+	return fmt.Sprintf("GRANT USAGE ON SCHEMA %s TO %s; GRANT SELECT ON %s TO %[2]s;", ident(t.Schema), ident(role), t.sql())
+}
 
 func ident(s string) string { return pgx.Identifier{s}.Sanitize() }
 

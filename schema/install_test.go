@@ -57,7 +57,7 @@ func plan(t *testing.T, conn *pgx.Conn, names ...string) []Step {
 	for _, table := range c.Tables {
 		wanted = append(wanted, Synced{Table: table})
 	}
-	return Plan(testPublications, c.ServerVersion, exists, wanted, published)
+	return Plan(testPublications, c, exists, wanted, published)
 }
 
 // install does what walgate init does.

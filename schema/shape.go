@@ -7,12 +7,14 @@ import (
 )
 
 // Shape writes down what of a table decides how its documents look: one fact per line. Two equal shapes give equal
-// documents for equal rows; it is stored with the log, so that a change made while no gateway ran is noticed.
+// documents for equal rows, and no change of a row went unseen between them; it is stored with the log, so that a change
+// made while no gateway ran is noticed.
 func (t *Table) Shape() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "table %d\n", t.OID)
+	fmt.Fprintf(&b, "joined %s\n", t.joined)
 	for _, k := range t.Key {
-		fmt.Fprintf(&b, "key %q\n", t.Columns[k].Name)
+		fmt.Fprintf(&b, "key %q deferrable %t\n", t.Columns[k].Name, t.KeyDeferrable)
 	}
 	seen := map[uint32]bool{}
 	for _, c := range t.Columns {
@@ -20,10 +22,12 @@ func (t *Table) Shape() string {
 			continue
 		}
 		fmt.Fprintf(&b, "column %d %q %d %d\n", c.Num, c.Name, c.Type.OID, c.TypMod)
+		fmt.Fprintf(&b, "stamp %d %s\n", c.Num, c.stamp)
 		writeType(&b, c.Type, seen)
 	}
+	fmt.Fprintf(&b, "file %d\n", t.file)
 	for _, l := range t.Leaves {
-		fmt.Fprintf(&b, "leaf %d\n", l.OID)
+		fmt.Fprintf(&b, "leaf %d %s\nfile %d\n", l.OID, l.link, l.file)
 	}
 	return b.String()
 }
@@ -49,6 +53,11 @@ func writeType(b *strings.Builder, t *Type, seen map[uint32]bool) {
 // came is only labels of enums and nullable columns without a default (absent means null).
 func (t *Table) KeepsShape(stored string) bool {
 	old, now := strings.Split(stored, "\n"), strings.Split(t.Shape(), "\n")
+	if !slices.Equal(take(&old, "file "), take(&now, "file ")) && !slices.Equal(take(&old, "stamp "), take(&now, "stamp ")) {
+		return false // rewritten by ALTER TABLE: values may be others. VACUUM FULL and the like leave the columns alone
+	}
+	take(&old, "stamp ")
+	take(&now, "stamp ")
 	for _, line := range old {
 		if !slices.Contains(now, line) {
 			return false
@@ -71,4 +80,16 @@ func (t *Table) KeepsShape(stored string) bool {
 		return false
 	}
 	return true
+}
+
+// take removes the lines with a prefix and returns them.
+func take(lines *[]string, prefix string) (taken []string) {
+	*lines = slices.DeleteFunc(*lines, func(line string) bool {
+		mine := strings.HasPrefix(line, prefix)
+		if mine {
+			taken = append(taken, line)
+		}
+		return mine
+	})
+	return taken
 }

@@ -62,6 +62,7 @@ type Column struct {
 	Toastable  bool // its value may be stored out of line
 	// Deterministic is false where the column's collation calls different bytes equal.
 	Deterministic bool
+	stamp         string // changes whenever the column's definition is written anew
 }
 
 // Table is one synced or syncable relation. For a partitioned table it describes the root.
@@ -75,19 +76,29 @@ type Table struct {
 	Key         []int    // positions in Columns of the primary key, in key order; empty: no key
 	// KeyDeferrable says that the primary key is checked at the end of the statement or later, not row by row.
 	KeyDeferrable bool
-	Identity      byte // pg_class.relreplident: 'd' default, 'f' full, 'i' index, 'n' nothing
-	RowSecurity   bool
+	Identity      byte   // pg_class.relreplident: 'd' default, 'f' full, 'i' index, 'n' nothing
+	RowsHidden    bool   // row-level security hides rows from the role that asked
+	Readable      bool   // the role that asked may select from it
 	Published     bool   // itself or, for a partitioned table, as root in walgate's publication
+	Filtered      bool   // published with a row filter
+	Listed        bool   // published with a column list
 	Leaves        []Leaf // partitions that hold rows, of a partitioned table
 	Partition     bool   // is itself a partition of another table
+	joined        string // names this stay in the publication: another one follows a gap
+	file          uint32 // pg_class.relfilenode: another one was written from scratch
 }
 
 // Leaf is one partition that holds rows.
 type Leaf struct {
-	OID      uint32
-	Schema   string
-	Name     string
-	Identity byte
+	OID    uint32
+	Schema string
+	Name   string
+	Kind   byte // pg_class.relkind: 'r' or 'f'
+	// Persistence is pg_class.relpersistence: 'p' permanent, 'u' unlogged.
+	Persistence byte
+	Identity    byte
+	link        string // names this attachment to the root: another one follows a gap
+	file        uint32
 }
 
 // Column returns the position of a column in t.Columns, or -1.
