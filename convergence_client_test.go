@@ -78,6 +78,7 @@ type syncClient struct {
 	token   string
 	names   []string                       // the collections that it asks for
 	whole   func(c *syncClient, r replica) // what must hold of every stored state; nil: nothing
+	pace    time.Duration                  // pause between two steps
 	rng     *rand.Rand
 	http    *http.Client
 	replica replica
@@ -112,7 +113,7 @@ func (c *syncClient) broken(format string, args ...any) {
 
 // run syncs in random ways until ctx ends.
 func (c *syncClient) run(ctx context.Context) {
-	for ctx.Err() == nil && !c.t.Failed() {
+	for ; ctx.Err() == nil && !c.t.Failed(); pause(ctx, c.pace) {
 		var err error
 		switch n := c.rng.IntN(12); {
 		case c.replica.cursor == "" || len(c.lost) > 0:

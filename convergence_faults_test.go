@@ -146,9 +146,13 @@ func crash(ctx context.Context, s *pgserver.Server) error {
 
 // ask runs a statement in the source as the superuser; into nil takes nothing.
 func (v *convergence) ask(ctx context.Context, into any, sql string) error {
+	return v.askAt(ctx, v.dsn, into, sql)
+}
+
+func (v *convergence) askAt(ctx context.Context, dsn string, into any, sql string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), convergenceLimit)
 	defer cancel()
-	conn, err := pgx.Connect(ctx, v.dsn)
+	conn, err := pgx.Connect(ctx, dsn)
 	if err != nil {
 		return err
 	}

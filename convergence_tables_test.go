@@ -82,7 +82,7 @@ func onColumn(prefix, statement string) string {
 
 // alter changes the tables in one way, and back where that way is a detour.
 func (w *writer) alter(ctx context.Context) error {
-	pause(ctx, time.Duration(100+w.rng.IntN(500))*time.Millisecond)
+	pause(ctx, time.Duration(100+w.rng.IntN(500))*time.Millisecond+20*w.pace)
 	if len(w.alterations) == 0 {
 		for _, i := range w.rng.Perm(len(alterations)) {
 			w.alterations = append(w.alterations, alterations[i])

@@ -80,11 +80,13 @@ type convergence struct {
 	server  *pgserver.Server // of the application
 	store   *pgserver.Server // of the log, where that is another one
 	dsn     string           // of the application, without a link
+	storage string           // of the log, without a link
 	links   []*badlink.Link  // between gateway and databases: replication, log, and everything else of the source
 	gateway *gatewayProcess
 	clients []*syncClient
 	commits atomic.Int64
-	tables  sync.Mutex // held while a table isn't there, and while the gateway starts
+	pace    time.Duration // pause of a writer and a client between two of their steps
+	tables  sync.Mutex    // held while a table isn't there, and while the gateway starts
 
 	counting sync.Mutex
 	faults   map[string]int // what went wrong, by kind
@@ -148,22 +150,22 @@ func (v *convergence) begin(t *testing.T) {
 	if err := v.ask(ctx, nil, convergenceSQL); err != nil {
 		t.Fatal(err)
 	}
-	storage := v.dsn // the log beside the tables, in another database, or on another server
+	v.storage = v.dsn // the log beside the tables, in another database, or on another server
 	switch v.seed % 3 {
 	case 1:
-		storage = v.server.Database(t)
+		v.storage = v.server.Database(t)
 	case 2:
 		v.store = pgserver.StartForTest(t, pgserver.Options{})
-		storage = v.store.Database(t)
+		v.storage = v.store.Database(t)
 	}
-	replication, log, source := badlink.To(t, v.dsn), badlink.To(t, storage), badlink.To(t, v.dsn)
+	replication, log, source := badlink.To(t, v.dsn), badlink.To(t, v.storage), badlink.To(t, v.dsn)
 	v.links = []*badlink.Link{replication, log, source}
 	var cfg *Config
 	v.gateway, cfg = newGatewayProcess(t, fmt.Sprintf("database: {url: %q, replication_url: %q}\nstorage: {url: %q}\n",
-		source.DSN(t, v.dsn), replication.DSN(t, v.dsn), log.DSN(t, storage))+convergenceConfig)
+		source.DSN(t, v.dsn), replication.DSN(t, v.dsn), log.DSN(t, v.storage))+convergenceConfig)
 	for i, text := range convergenceClaims {
 		c := newSyncClient(t, cfg, v.gateway.base, fmt.Sprint(i), text, v.rng(1000+uint64(i)))
-		c.names, c.whole = c.caller.collections(), wholePairs
+		c.names, c.whole, c.pace = c.caller.collections(), wholePairs, v.pace
 		v.clients = append(v.clients, c)
 	}
 	if err := v.gateway.start(ctx); err != nil {
@@ -176,7 +178,7 @@ func (v *convergence) begin(t *testing.T) {
 func (v *convergence) run(ctx context.Context, round uint64, alter bool, chaos func(context.Context)) {
 	var all sync.WaitGroup
 	for i := range uint64(convergenceWriters) {
-		w := &writer{t: v.t, dsn: v.dsn, rng: v.rng(100*(round+1) + i), commits: &v.commits, count: v.count, round: round, tables: &v.tables}
+		w := &writer{t: v.t, dsn: v.dsn, rng: v.rng(100*(round+1) + i), commits: &v.commits, count: v.count, round: round, tables: &v.tables, pace: v.pace}
 		if i == 0 && alter {
 			w.role = altering
 		} else if i == 1 {

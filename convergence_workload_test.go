@@ -23,6 +23,7 @@ type writer struct {
 	rng     *rand.Rand
 	conn    *pgx.Conn
 	commits *atomic.Int64
+	pace    time.Duration // pause between two steps
 	count   func(what string)
 
 	role        role
@@ -48,7 +49,7 @@ func (w *writer) run(ctx context.Context) {
 			w.conn.Close(context.WithoutCancel(ctx))
 		}
 	}()
-	for ctx.Err() == nil {
+	for ; ctx.Err() == nil; pause(ctx, w.pace) {
 		if err := w.step(ctx); err != nil && ctx.Err() == nil && !expectedOfWriter(err) {
 			w.t.Errorf("the application's statement failed: %v", err)
 			return
