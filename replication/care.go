@@ -56,23 +56,18 @@ func (l *Leader) watchSlot(ctx context.Context) {
 
 // care refuses to be a synchronous standby and applies retention while this instance leads.
 func (l *Leader) care(ctx context.Context, walsender uint32) error {
-	standby, expire := time.NewTicker(slotCheckInterval), time.NewTicker(expireInterval)
-	defer standby.Stop()
-	defer expire.Stop()
-	var droppable changelog.Version
+	tick := time.NewTicker(slotCheckInterval)
+	defer tick.Stop()
 	for {
-		var err error
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-standby.C:
-			if err := l.refuseSynchronous(ctx, walsender); err != nil {
-				return err
-			}
-		case <-expire.C:
-			droppable, err = l.expire(ctx, droppable)
+		case <-tick.C:
 		}
-		if err != nil && ctx.Err() == nil {
+		if err := l.refuseSynchronous(ctx, walsender); err != nil {
+			return err
+		}
+		if err := l.expire(ctx, time.Now()); err != nil && ctx.Err() == nil {
 			l.o.Logger.Warn("retention could not be applied to the change log; trying again", "error", err)
 		}
 	}
@@ -91,18 +86,26 @@ func (l *Leader) refuseSynchronous(ctx context.Context, walsender uint32) error 
 	return fmt.Errorf("synchronous_standby_names of the source includes walgate, so that its commits would wait for the gateway: name the standbys there instead of '*'")
 }
 
-func (l *Leader) expire(ctx context.Context, droppable changelog.Version) (changelog.Version, error) {
+// expire applies retention where it is due. What it remembers outlives a tenure: where a connection breaks now and then, no
+// tenure may last as long as the interval.
+func (l *Leader) expire(ctx context.Context, now time.Time) error {
+	if now.Sub(l.expired) < expireInterval {
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	h, err := l.o.Log.Head(ctx)
 	if err != nil {
-		return droppable, err
+		return err
 	}
-	next, dropped, err := l.o.Log.Expire(ctx, h.Version.Time(), droppable)
+	next, dropped, err := l.o.Log.Expire(ctx, h.Version.Time(), l.droppable)
 	if len(dropped) > 0 {
 		l.o.Logger.Info("dropped log partitions past their retention", "partitions", dropped)
 	}
-	return next, err
+	if err == nil {
+		l.droppable, l.expired = next, now
+	}
+	return err
 }
 
 func (l *Leader) checkSlot(ctx context.Context) error {

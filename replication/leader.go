@@ -43,8 +43,10 @@ type Options struct {
 // Leader tails the source into the log for as long as it holds the slot.
 type Leader struct {
 	o           Options
-	lookAtSlot  chan struct{} // capacity 1
-	unpublished bool          // the slot stands where no publication was
+	lookAtSlot  chan struct{}     // capacity 1
+	unpublished bool              // the slot stands where no publication was
+	expired     time.Time         // when retention was last applied
+	droppable   changelog.Version // log partitions below it may go with the next time
 }
 
 // NewLeader returns a leader; Run does the work.
