@@ -51,8 +51,9 @@ func (g *Gateway) sendBody(ctx context.Context, c *fiber.Ctx, write func(io.Writ
 			w.finish()
 		}
 		if !stop() {
-			<-w.ended // the framework takes the connection back when this returns
+			<-w.ended
 		}
+		conn.Close()
 	})
 }
 

@@ -38,10 +38,12 @@ type hub struct {
 	started chan struct{} // closed once head is set
 	touched []*subscriber // of the transaction being delivered; kept for its memory
 	partial []*subscriber // got an earlier part of it
+	// checkpoints are the frames of the transaction that ends, by scope hash.
+	checkpoints map[string][]byte
 }
 
 func newHub(log *changelog.Log, bus changelog.Bus, logger *slog.Logger, failed func(string, error)) *hub {
-	return &hub{log: log, bus: bus, logger: logger, failed: failed, every: positionCheck, scopes: map[[16]byte][]*subscriber{}, subs: map[*subscriber]struct{}{},
+	return &hub{log: log, bus: bus, logger: logger, failed: failed, every: positionCheck, checkpoints: map[string][]byte{}, scopes: map[[16]byte][]*subscriber{}, subs: map[*subscriber]struct{}{},
 		waiters: map[chan struct{}]changelog.LSN{}, started: make(chan struct{})}
 }
 
@@ -354,7 +356,7 @@ func (h *hub) deliverLocked(entries []changelog.Entry, complete bool) {
 		i = j
 	}
 	for _, s := range h.touched { // the rest of the transaction comes with the next page
-		s.flushPending(0, "")
+		s.flushPending(0, nil)
 	}
 	h.partial = append(h.partial, h.touched...)
 	h.touched = h.touched[:0]
@@ -390,12 +392,20 @@ func (h *hub) deliverVersionLocked(group []changelog.Entry, fr *frames) {
 	}
 }
 
+// endTransactionLocked sends everybody whom the transaction touched a checkpoint. It is encoded once for all callers of the
+// same scopes.
 func (h *hub) endTransactionLocked(v changelog.Version) {
-	for _, s := range h.touched {
-		s.flushPending(v, h.head.History)
-	}
-	for _, s := range h.partial {
-		s.flushPending(v, h.head.History)
+	clear(h.checkpoints)
+	for _, list := range [][]*subscriber{h.touched, h.partial} {
+		for _, s := range list {
+			hash := s.feed.caller.ScopeHash
+			frame := h.checkpoints[hash]
+			if frame == nil {
+				frame = checkpointFrame(s.feed, v, h.head.History)
+				h.checkpoints[hash] = frame
+			}
+			s.flushPending(v, frame)
+		}
 	}
 	h.touched, h.partial = h.touched[:0], h.partial[:0]
 }

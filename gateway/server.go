@@ -5,7 +5,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/gofiber/contrib/websocket"
 	"github.com/gofiber/fiber/v2"
 	"github.com/gofiber/fiber/v2/middleware/cors"
 	"github.com/gofiber/fiber/v2/middleware/requestid"
@@ -36,8 +35,8 @@ func (g *Gateway) routes() *fiber.App {
 	sync := app.Group("/sync")
 	sync.Get("/pull", g.authenticated, g.pull)
 	sync.Get("/full", g.authenticated, g.full)
-	sync.Get("/stream", g.upgrade, websocket.New(g.stream, websocket.Config{
-		HandshakeTimeout: 10 * time.Second, ReadBufferSize: 1024, WriteBufferSize: 1024, RecoverHandler: g.recoverStream}))
+	sync.Get("/stream", g.upgrade)
+	app.Server().KeepHijackedConns = true // streams close them; see accept
 	return app
 }
 
@@ -73,55 +72,4 @@ func (g *Gateway) authenticated(c *fiber.Ctx) error {
 	}
 	c.Locals(identityKey{}, id)
 	return c.Next()
-}
-
-// upgrade checks a handshake before it becomes a WebSocket.
-func (g *Gateway) upgrade(c *fiber.Ctx) error {
-	switch {
-	case !websocket.IsWebSocketUpgrade(c):
-		return &Problem{Code: UpgradeRequired, Detail: "connect with a WebSocket client"}
-	case g.draining.Load():
-		return &Problem{Code: ShuttingDown, RetryAfter: 2 * time.Second}
-	case !g.originAllowed(c.Get(fiber.HeaderOrigin)):
-		return &Problem{Code: Forbidden, Detail: "the page's origin is not in http.allowed_origins"}
-	case g.o.StreamConnections > 0 && g.open.Load() >= int64(g.o.StreamConnections):
-		return &Problem{Code: TooManyConnections, Detail: "this instance has as many streams as it may", RetryAfter: 5 * time.Second}
-	}
-	t := token(c)
-	if t == "" {
-		t = utils.CopyString(c.Query("token"))
-	}
-	c.Locals("token", t)
-	c.Locals("id", utils.CopyString(requestID(c)))
-	return c.Next()
-}
-
-// originAllowed: clients that aren't browsers send no origin.
-func (g *Gateway) originAllowed(origin string) bool {
-	if origin == "" || strings.EqualFold(origin, strings.TrimSuffix(g.o.PublicURL, "/")) {
-		return true
-	}
-	for _, o := range g.o.AllowedOrigins {
-		if o == "*" || strings.EqualFold(o, origin) {
-			return true
-		}
-	}
-	return false
-}
-
-func (g *Gateway) stream(c *websocket.Conn) {
-	g.streams.Add(1)
-	defer g.streams.Done()
-	g.open.Add(1)
-	defer g.open.Add(-1)
-	t, _ := c.Locals("token").(string)
-	id, _ := c.Locals("id").(string)
-	g.serveStream(g.serving, c, id, t)
-}
-
-func (g *Gateway) recoverStream(c *websocket.Conn) {
-	if r := recover(); r != nil {
-		g.o.Logger.Error("a stream ended by a panic; please report it", "panic", r)
-		c.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(websocket.CloseInternalServerErr, ""))
-	}
 }

@@ -7,8 +7,7 @@ import (
 	"fmt"
 	"time"
 
-	ws "github.com/fasthttp/websocket"
-	"github.com/gofiber/contrib/websocket"
+	"github.com/fasthttp/websocket"
 
 	"github.com/walgate/walgate/changelog"
 )
@@ -35,23 +34,24 @@ type clientFrame struct {
 
 // session is one subscribed WebSocket. run owns the writing; a second goroutine reads.
 type session struct {
-	g          *Gateway
-	conn       *websocket.Conn
-	id         string
-	identity   *Identity
-	sub        *subscriber
-	since      changelog.Cursor
-	batch      bool
-	sent       changelog.Version // everything up to here was written
-	history    string
-	ready      bool
-	reading    <-chan error // what ended the reader
-	heartbeats *time.Ticker
-	pings      *time.Ticker
-	expiry     *time.Timer // of the token
-	lastSent   *change     // newest change written by catching up, while its transaction has no checkpoint yet
-	renewals   chan clientFrame
-	buf        []byte
+	g        *Gateway
+	conn     *websocket.Conn
+	out      *outlet
+	id       string
+	identity *Identity
+	sub      *subscriber // its bell wakes the writer, whatever there is to do
+	since    changelog.Cursor
+	batch    bool
+	sent     changelog.Version // everything up to here was written
+	history  string
+	ready    bool
+	reading  chan error       // what ended the reader
+	renewals chan clientFrame // that came and wait
+	timer    *time.Timer      // rings the bell at wakeAt
+	wakeAt   time.Time        // the next of:
+	beatAt   time.Time
+	pingAt   time.Time
+	lastSent *change // newest change written by catching up, while its transaction has no checkpoint yet
 }
 
 // closing is how a session ends: with a last frame and a close code.
@@ -67,18 +67,16 @@ func (s *session) closeWith(p *Problem) *closing {
 }
 
 // serveStream runs one WebSocket from its upgrade to its end. token comes from the handshake and may be empty.
-func (g *Gateway) serveStream(ctx context.Context, conn *websocket.Conn, id, token string) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+func (g *Gateway) serveStream(ctx context.Context, conn *websocket.Conn, out *outlet, id, token string) {
 	conn.SetReadLimit(int64(g.o.FrameLimit))
-	s := &session{g: g, conn: conn, id: id, renewals: make(chan clientFrame)}
+	s := &session{g: g, conn: conn, out: out, id: id, renewals: make(chan clientFrame, 1), reading: make(chan error, 1)}
 	err := s.open(ctx, token)
 	if err == nil && !g.subjects.add(s.identity.Subject, g.o.StreamsPerSubject) {
 		err = &Problem{Code: TooManyConnections, Detail: "this subject has as many streams as it may"}
 	} else if err == nil {
 		defer g.subjects.remove(s.identity.Subject)
 		g.metrics.streams.Inc()
-		err = s.run(ctx, cancel)
+		err = s.run(ctx)
 		g.metrics.streams.Dec()
 		g.hub.leave(s.sub)
 	}
@@ -98,11 +96,11 @@ func (s *session) close(err error) {
 	default:
 		return // the connection is broken: nobody listens
 	}
-	s.conn.SetWriteDeadline(time.Now().Add(2 * time.Second))
+	s.out.hurry(2 * time.Second)
 	if len(end.frame) > 0 {
-		s.conn.WriteMessage(websocket.TextMessage, end.frame)
+		s.writeText(end.frame)
 	}
-	s.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(end.code, ""))
+	s.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(end.code, ""), time.Time{})
 }
 
 // open authenticates and reads the subscribe frame.
@@ -122,22 +120,29 @@ func (s *session) open(ctx context.Context, token string) error {
 	if f.Token != "" {
 		token = f.Token
 	}
-	if s.identity, err = s.g.auth.Verify(ctx, token); err != nil {
+	id, err := s.g.auth.Verify(ctx, token)
+	if err != nil {
 		return err
 	}
+	s.keep(id)
 	if err := s.g.limiter.check(s.identity.Subject); err != nil {
 		return err
 	}
 	if s.since, err = parseSince(f.Since); err != nil {
 		return err
 	}
-	feed, err := s.g.feedFor(s.identity, f.Collections)
+	feed, err := s.g.feedFor(id, f.Collections)
 	if err != nil {
 		return err
 	}
 	s.batch, s.sent = f.Batch, s.since.Version
 	s.sub = newSubscriber(feed, s.g.limits.queue)
 	return nil
+}
+
+// keep remembers of a caller what an open stream needs: its claims are in the feed.
+func (s *session) keep(id *Identity) {
+	s.identity = &Identity{Subject: id.Subject, Expires: id.Expires}
 }
 
 // parseSince reads since as JSON: a string or a whole number.
@@ -159,7 +164,7 @@ func parseSince(raw json.RawMessage) (changelog.Cursor, error) {
 func (s *session) read() (f clientFrame, err error) {
 	kind, data, err := s.conn.ReadMessage()
 	if err != nil {
-		if errors.Is(err, ws.ErrReadLimit) {
+		if errors.Is(err, websocket.ErrReadLimit) {
 			return f, NewProblem(FrameTooLarge, "frames may have %d bytes", s.g.o.FrameLimit)
 		}
 		return f, err
@@ -194,21 +199,26 @@ func jsonFault(err error) string {
 	return "unreadable"
 }
 
-// run writes until the session ends. It waits for the reader: the framework gives the connection's buffers to another
-// connection once the stream's handler has returned.
-func (s *session) run(ctx context.Context, cancel context.CancelFunc) error {
-	reading, readerEnded := make(chan error, 1), make(chan struct{})
+// run writes until the session ends, and then waits for the reader.
+func (s *session) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer context.AfterFunc(ctx, s.wake)()
+	readerEnded := make(chan struct{})
 	go func() {
 		defer close(readerEnded)
-		reading <- s.readLoop(ctx)
+		s.reading <- s.readLoop(ctx)
+		s.wake()
 	}()
 	defer func() {
 		cancel()
 		s.conn.SetReadDeadline(time.Unix(1, 0)) // after cancel: who sets a later one then looks at ctx
 		<-readerEnded
 	}()
-	return s.write(ctx, reading)
+	return s.write(ctx)
 }
+
+// wake makes the writer look at everything that may have happened.
+func (s *session) wake() { ring(s.sub.bell) }
 
 // readLoop reads renewals until the connection ends or a frame is wrong.
 func (s *session) readLoop(ctx context.Context) error {
@@ -230,6 +240,7 @@ func (s *session) readLoop(ctx context.Context) error {
 		}
 		select {
 		case s.renewals <- f:
+			s.wake()
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -237,13 +248,12 @@ func (s *session) readLoop(ctx context.Context) error {
 }
 
 // write is the session's loop: catch up, then pass on what the hub queues, until something ends it.
-func (s *session) write(ctx context.Context, reading <-chan error) error {
-	s.heartbeats, s.pings = time.NewTicker(s.g.limits.heartbeat), time.NewTicker(s.g.limits.ping)
-	defer s.heartbeats.Stop()
-	defer s.pings.Stop()
-	s.expiry = time.NewTimer(time.Until(s.identity.Expires))
-	defer s.expiry.Stop()
-	s.reading = reading
+func (s *session) write(ctx context.Context) error {
+	now := time.Now()
+	s.beatAt, s.pingAt = now.Add(s.g.limits.heartbeat), now.Add(s.g.limits.ping)
+	s.timer = time.AfterFunc(time.Hour, s.wake)
+	defer s.timer.Stop()
+	s.setTimer(now)
 	var queued []frame
 	for {
 		var live bool
@@ -259,47 +269,70 @@ func (s *session) write(ctx context.Context, reading <-chan error) error {
 			return s.resyncClosing(end)
 		case problem != nil:
 			return problem
-		case !live:
+		}
+		if err := s.attend(ctx, live); err != nil {
+			return err
+		}
+		if !live {
 			if err := s.catchUp(ctx); err != nil {
 				return err
 			}
 			continue
 		}
-		if err := s.attend(ctx, nil); err != nil {
-			return err
-		}
+		<-s.sub.bell // one channel for everything: waiting for many would cost more than the frame
 	}
 }
 
-// alwaysReady is a channel that never blocks.
-var alwaysReady = func() <-chan struct{} {
-	c := make(chan struct{})
-	close(c)
-	return c
-}()
-
-// attend handles one thing that isn't a change: the end, a renewal, a timer, or that something is queued. It waits for it
-// unless idle is given, which is ready.
-func (s *session) attend(ctx context.Context, idle <-chan struct{}) error {
-	select {
-	case <-ctx.Done():
+// attend handles what isn't a change: the end, a renewal, a timer. While catching up there are no heartbeats, for what is
+// queued comes after what is read.
+func (s *session) attend(ctx context.Context, live bool) error {
+	if ctx.Err() != nil {
 		return s.goodbye()
+	}
+	select {
 	case err := <-s.reading:
 		return err
 	case f := <-s.renewals:
-		return s.renew(ctx, f.Token)
-	case <-s.expiry.C:
-		return NewProblem(TokenExpired, "renew the token with an auth frame before it expires")
-	case <-s.sub.bell:
-	case <-s.heartbeats.C:
-		if idle == nil { // while catching up, what is queued comes after what is read
-			return s.heartbeat()
+		if err := s.renew(ctx, f.Token); err != nil {
+			return err
 		}
-	case <-s.pings.C:
-		return s.conn.WriteControl(websocket.PingMessage, nil, time.Now().Add(s.g.limits.write))
-	case <-idle:
+		s.wake() // there may be another
+	default:
 	}
+	now := time.Now()
+	if now.Before(s.wakeAt) {
+		return nil
+	}
+	if !now.Before(s.identity.Expires) {
+		return NewProblem(TokenExpired, "renew the token with an auth frame before it expires")
+	}
+	if !now.Before(s.pingAt) {
+		s.pingAt = now.Add(s.g.limits.ping)
+		if err := s.conn.WriteControl(websocket.PingMessage, nil, time.Time{}); err != nil {
+			return err
+		}
+	}
+	if !now.Before(s.beatAt) {
+		s.beatAt = now.Add(s.g.limits.heartbeat)
+		if live {
+			if err := s.heartbeat(); err != nil {
+				return err
+			}
+		}
+	}
+	s.setTimer(now)
 	return nil
+}
+
+// setTimer lets the bell ring when there is something to do at a time.
+func (s *session) setTimer(now time.Time) {
+	s.wakeAt = s.identity.Expires
+	for _, t := range []time.Time{s.beatAt, s.pingAt} {
+		if t.Before(s.wakeAt) {
+			s.wakeAt = t
+		}
+	}
+	s.timer.Reset(s.wakeAt.Sub(now))
 }
 
 func (s *session) goodbye() error {
@@ -331,8 +364,8 @@ func (s *session) renew(ctx context.Context, token string) error {
 			return s.resyncClosing(&resync{Collections: names, Reason: reasonScopes})
 		}
 	}
-	s.identity = id
-	s.expiry.Reset(time.Until(id.Expires))
+	s.keep(id)
+	s.setTimer(time.Now())
 	return nil
 }
 
@@ -375,10 +408,7 @@ func (s *session) catchUp(ctx context.Context) error {
 			return err
 		}
 		s.sent = p.Last
-		if time.Now().After(s.identity.Expires) {
-			return NewProblem(TokenExpired, "renew the token with an auth frame before it expires")
-		}
-		if err := s.attend(ctx, alwaysReady); err != nil { // the client's pings and renewals don't wait for the log's end
+		if err := s.attend(ctx, false); err != nil { // the client's pings and renewals don't wait for the log's end
 			return err
 		}
 		switch {
@@ -428,41 +458,55 @@ func (s *session) sendPage(p *changelog.Page) error {
 	return s.send(frames)
 }
 
-// send writes frames; in batch mode the changes before each checkpoint become one.
+// send writes frames, many at a time; in batch mode the changes before each checkpoint become one.
 func (s *session) send(frames []frame) error {
+	out := s.out.gather()
 	for i := 0; i < len(frames); {
+		j := i + 1
+		var err error
 		if frames[i].kind != frameChange || !s.batch {
-			if err := s.writeText(frames[i].data); err != nil {
-				return err
+			err = out.add(frames[i].data)
+		} else {
+			for j < len(frames) && frames[j].kind == frameChange {
+				j++
 			}
-			i++
-			continue
+			err = out.add(batchFrame(frames[i:j])...)
 		}
-		b := append(s.buf[:0], `{"type":"changes","changes":[`...)
-		for n := 0; i < len(frames) && frames[i].kind == frameChange; n++ {
-			if n > 0 {
-				b = append(b, ',')
-			}
-			b = append(b, frames[i].data...)
-			i++
+		if err != nil {
+			return s.sendFailed(err)
 		}
-		b = append(b, "]}"...)
-		s.buf = b
-		if cap(s.buf) > 1<<20 {
-			s.buf = nil
-		}
-		if err := s.writeText(b); err != nil {
-			return err
-		}
+		i = j
+	}
+	if err := out.flush(); err != nil {
+		return s.sendFailed(err)
 	}
 	return nil
 }
 
+// batchFrame returns the parts of a frame that holds all changes.
+func batchFrame(changes []frame) [][]byte {
+	parts := make([][]byte, 0, 2*len(changes)+1)
+	before := []byte(`{"type":"changes","changes":[`)
+	for _, c := range changes {
+		parts = append(parts, before, c.data)
+		before = []byte{','}
+	}
+	return append(parts, []byte("]}"))
+}
+
 func (s *session) writeText(b []byte) error {
-	s.conn.SetWriteDeadline(time.Now().Add(s.g.limits.write))
-	if err := s.conn.WriteMessage(websocket.TextMessage, b); err != nil {
-		s.g.metrics.writeFailed(err)
-		return fmt.Errorf("write to the client: %w", err)
+	out := s.out.gather()
+	err := out.add(b)
+	if err == nil {
+		err = out.flush()
+	}
+	if err != nil {
+		return s.sendFailed(err)
 	}
 	return nil
+}
+
+func (s *session) sendFailed(err error) error {
+	s.g.metrics.writeFailed(err)
+	return fmt.Errorf("write to the client: %w", err)
 }

@@ -103,8 +103,8 @@ func (s *subscriber) overflowLocked() {
 	ring(s.bell)
 }
 
-// flushPending queues what the transaction brought, with a checkpoint at v (0: it goes on).
-func (s *subscriber) flushPending(v changelog.Version, history string) {
+// flushPending queues what the transaction brought, with its checkpoint at v (0: it goes on).
+func (s *subscriber) flushPending(v changelog.Version, checkpoint []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.live || len(s.pending) == 0 && s.pos >= v {
@@ -118,7 +118,7 @@ func (s *subscriber) flushPending(v changelog.Version, history string) {
 	s.pos = max(s.newest, v)
 	if v != 0 {
 		s.whole = v
-		s.queue = append(s.queue, frame{checkpointFrame(s.feed, v, history), frameCheckpoint})
+		s.queue = append(s.queue, frame{checkpoint, frameCheckpoint})
 	}
 	ring(s.bell)
 }
