@@ -83,6 +83,7 @@ type LimitsConfig struct {
 	Drain                       time.Duration
 	RequestsPerSecond           int
 	Burst                       int
+	SendMemory                  Size
 	FullConcurrency             int
 	StreamConnections           int
 	StreamConnectionsPerSubject int

@@ -173,7 +173,7 @@ func gatewayOptions(cfg *Config, p *parts, bus changelog.Bus, auth *gateway.Auth
 		FrameLimit: int(cfg.Limits.Frame), RequestsPerSecond: cfg.Limits.RequestsPerSecond, Burst: cfg.Limits.Burst,
 		StreamConnections: cfg.Limits.StreamConnections, StreamsPerSubject: cfg.Limits.StreamConnectionsPerSubject,
 		FullConcurrency: min(cfg.Limits.FullConcurrency, max(1, (cfg.Database.PoolSize-4)/2)), // each holds a snapshot while it passes a fence
-		Drain:           cfg.Limits.Drain, ReadersConcurrency: max(1, cfg.Storage.PoolSize-2),
+		Drain:           cfg.Limits.Drain, ReadersConcurrency: max(1, cfg.Storage.PoolSize-2), SendMemory: int64(cfg.Limits.SendMemory),
 	}
 }
 

@@ -1,10 +1,12 @@
 package gateway
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"net"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -102,4 +104,20 @@ func (w *bodyWriter) finish() {
 		w.head = append(w.head, "0\r\n\r\n"...)
 	}
 	w.send(nil, nil)
+}
+
+// sendHeld answers with body and calls release once it is written or given up.
+func sendHeld(c *fiber.Ctx, body []byte, release func()) {
+	c.Context().SetBodyStream(&heldBody{bytes.NewReader(body), sync.OnceFunc(release)}, len(body))
+}
+
+type heldBody struct {
+	*bytes.Reader
+	release func()
+}
+
+// Close is called by the framework, whatever became of the answer.
+func (b *heldBody) Close() error {
+	b.release()
+	return nil
 }

@@ -149,7 +149,12 @@ func (g *Gateway) fullPage(ctx context.Context, c *fiber.Ctx, f *feed, r fullReq
 		return err
 	}
 	enc.header(c)
-	return c.Send(body)
+	keep, err := g.memory.acquire(ctx, len(body)) // while the resync's place is held: what waits is bounded by the places
+	if err != nil {
+		return err
+	}
+	sendHeld(c, body, keep)
+	return nil
 }
 
 // headers sets what is the same on every page.

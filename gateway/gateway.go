@@ -44,6 +44,7 @@ type Options struct {
 	FullConcurrency    int           // full resyncs at a time
 	Drain              time.Duration // how long shutdown waits for clients
 	ReadersConcurrency int           // reads of the log at a time
+	SendMemory         int64         // bytes of documents that may wait to be sent to clients
 }
 
 // SourceStatus is what an operator wants to know of replication.
@@ -73,6 +74,7 @@ type Gateway struct {
 	o        Options
 	auth     *Authenticator
 	hub      *hub
+	memory   *budget
 	limiter  *rateLimiter
 	metrics  *metrics
 	app      *fiber.App
@@ -115,7 +117,8 @@ func New(o Options) *Gateway {
 		limiter: newRateLimiter(o.RequestsPerSecond, o.Burst, maxRateSubjects, time.Now)}
 	g.serving, g.stop = context.WithCancel(context.Background())
 	g.working, g.cut = context.WithCancel(context.Background())
-	g.hub = newHub(o.Log, o.Bus, o.Logger, g.policyFailed)
+	g.memory = newBudget(o.SendMemory)
+	g.hub = newHub(o.Log, o.Bus, o.Logger, g.memory, g.policyFailed)
 	g.metrics = newMetrics(g)
 	g.app = g.routes()
 	return g
@@ -218,14 +221,25 @@ func (g *Gateway) logProblem(err error) error {
 	return (&Problem{Code: LogUnavailable}).Because(err)
 }
 
-// readAdmitted reads the log once a reader's place is free.
-func (g *Gateway) readAdmitted(ctx context.Context, r changelog.Request) (*changelog.Page, error) {
-	release, err := g.admitReader(ctx)
+// readPage reads the log once a reader's place is free, and returns when there is memory for the page and its encoding. The
+// place is kept until then: what was read and has no memory yet is bounded by the places.
+func (g *Gateway) readPage(ctx context.Context, r changelog.Request) (p *changelog.Page, release func(), err error) {
+	leave, err := g.admitReader(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	defer release()
-	return g.read(ctx, r)
+	defer leave()
+	if p, err = g.read(ctx, r); err != nil {
+		return nil, nil, err
+	}
+	size := 0
+	for i := range p.Entries {
+		size += 2*len(p.Entries[i].Data) + 512
+	}
+	if release, err = g.memory.acquire(ctx, size); err != nil && g.draining.Load() {
+		err = (&Problem{Code: ShuttingDown}).Because(err)
+	}
+	return p, release, err
 }
 
 // admitReader bounds how many read the log at a time, so that a storm of clients after a restart queues here instead of in

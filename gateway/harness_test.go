@@ -134,7 +134,7 @@ func newEnv(t testing.TB, s setup) *env {
 		},
 		Fence:     func(ctx context.Context) (changelog.LSN, error) { return replication.Fence(ctx, source) },
 		PublicURL: "http://sync.example", FrameLimit: 64 << 10, RequestsPerSecond: 100000, Burst: 100000, StreamConnections: 1000,
-		StreamsPerSubject: 100, FullConcurrency: 4, Drain: 10 * time.Second, ReadersConcurrency: 6}
+		StreamsPerSubject: 100, FullConcurrency: 4, Drain: 10 * time.Second, ReadersConcurrency: 6, SendMemory: 64 << 20}
 	if s.options != nil {
 		s.options(&o)
 	}
@@ -199,6 +199,9 @@ func (e *env) run(t testing.TB, leader *replication.Leader, watcher *replication
 		e.client.CloseIdleConnections()
 		stop()
 		<-e.ended
+		if n := e.g.memory.held.Load(); n != 0 {
+			t.Errorf("%d bytes of limits.send_memory are held although every client has gone", n)
+		}
 		stopWorking()
 		wg.Wait()
 		e.log.Close()

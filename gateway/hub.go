@@ -26,7 +26,8 @@ type hub struct {
 	bus    changelog.Bus
 	logger *slog.Logger
 	failed func(collection string, err error) // a policy failed on a row
-	every  time.Duration                      // positionCheck, but for tests
+	memory *budget
+	every  time.Duration // positionCheck, but for tests
 
 	mu      sync.Mutex
 	head    *changelog.Head   // where the hub stands; nil: nothing was read yet
@@ -42,8 +43,8 @@ type hub struct {
 	checkpoints map[string][]byte
 }
 
-func newHub(log *changelog.Log, bus changelog.Bus, logger *slog.Logger, failed func(string, error)) *hub {
-	return &hub{log: log, bus: bus, logger: logger, failed: failed, every: positionCheck, checkpoints: map[string][]byte{}, scopes: map[[16]byte][]*subscriber{}, subs: map[*subscriber]struct{}{},
+func newHub(log *changelog.Log, bus changelog.Bus, logger *slog.Logger, memory *budget, failed func(string, error)) *hub {
+	return &hub{memory: memory, log: log, bus: bus, logger: logger, failed: failed, every: positionCheck, checkpoints: map[string][]byte{}, scopes: map[[16]byte][]*subscriber{}, subs: map[*subscriber]struct{}{},
 		waiters: map[chan struct{}]changelog.LSN{}, started: make(chan struct{})}
 }
 
@@ -343,7 +344,8 @@ func (h *hub) leave(s *subscriber) {
 // deliverLocked hands entries (in version order) to the live subscribers of their scopes, a transaction at a time.
 // complete says that the last transaction ends here. Each frame is encoded once, however many get it.
 func (h *hub) deliverLocked(entries []changelog.Entry, complete bool) {
-	var fr frames
+	fr := frames{memory: h.memory}
+	defer fr.release()
 	for i := 0; i < len(entries); {
 		j := i + 1
 		for j < len(entries) && entries[j].Version == entries[i].Version {
@@ -412,11 +414,10 @@ func (h *hub) endTransactionLocked(v changelog.Version) {
 
 // frames holds what is made once per row change: its encodings and its judgements by distinct projection of claims.
 type frames struct {
+	memory  *budget
 	name    string
 	history string
-	upsert  []byte
-	gone    []byte
-	left    []byte
+	made    [3]frame // upsert, delete, leave
 	judged  map[string]judgement
 }
 
@@ -426,7 +427,7 @@ type judgement struct {
 }
 
 func (f *frames) reset(group []changelog.Entry, head *changelog.Head) {
-	f.upsert, f.gone, f.left = nil, nil, nil
+	f.release()
 	f.name, f.history = "", head.History
 	clear(f.judged)
 	if st := head.Collection(group[0].Collection); st != nil {
@@ -458,16 +459,21 @@ func (f *frames) judge(s *subscriber, e *changelog.Entry, failed func(string, er
 	return op, seen
 }
 
-func (f *frames) encoded(e *changelog.Entry, op policies.Op) []byte {
-	at := &f.upsert
+// release gives up the hub's part in the frames made; the queues have theirs.
+func (f *frames) release() { releaseAll(f.made[:]) }
+
+// encoded returns the change's frame, without room where the budget has none.
+func (f *frames) encoded(e *changelog.Entry, op policies.Op) frame {
+	at := &f.made[0]
 	switch op {
 	case policies.Delete:
-		at = &f.gone
+		at = &f.made[1]
 	case policies.Leave:
-		at = &f.left
+		at = &f.made[2]
 	}
-	if *at == nil {
-		*at = appendChange(make([]byte, 0, len(e.Data)+256), f.name, e, op, f.history)
+	if at.data == nil {
+		at.data = appendChange(make([]byte, 0, len(e.Data)+256), f.name, e, op, f.history)
+		at.kind, at.room = frameChange, f.memory.hold(len(at.data))
 	}
 	return *at
 }

@@ -20,7 +20,7 @@ const testHistory = "a1b2"
 
 // newTestHub is a hub that stands at version 100, without a log.
 func newTestHub() *hub {
-	h := newHub(nil, changelog.NewMemoryBus(), slog.New(slog.DiscardHandler), func(string, error) {})
+	h := newHub(nil, changelog.NewMemoryBus(), slog.New(slog.DiscardHandler), newBudget(64<<20), func(string, error) {})
 	h.adoptLocked(&changelog.Head{Version: 100, History: testHistory, Collections: []changelog.Collection{{ID: 1, Name: "todos", Floor: 1}, {ID: 2, Name: "news", Floor: 1}}})
 	return h
 }
@@ -368,7 +368,7 @@ func TestJoinWithinATransaction(t *testing.T) {
 // TestJoinAwaitsTheFirstHead: before the hub stands somewhere, what it skips to would be missed.
 func TestJoinAwaitsTheFirstHead(t *testing.T) {
 	t.Parallel()
-	h := newHub(nil, changelog.NewMemoryBus(), slog.New(slog.DiscardHandler), func(string, error) {})
+	h := newHub(nil, changelog.NewMemoryBus(), slog.New(slog.DiscardHandler), newBudget(64<<20), func(string, error) {})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := h.awaitStart(ctx); err == nil {

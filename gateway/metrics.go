@@ -74,6 +74,7 @@ func newMetrics(g *Gateway) *metrics {
 		return 0
 	}))
 	gauge("walgate_append_queue_bytes", "Decoded changes that wait for the change log.", status(func(s SourceStatus) float64 { return float64(s.QueueBytes) }))
+	gauge("walgate_send_memory_bytes", "Documents that wait to be sent to clients; limits.send_memory bounds it.", func() float64 { return float64(g.memory.held.Load()) })
 	gauge("walgate_collections_stopped", "Collections that are stopped until their table fits their policy again.", status(func(s SourceStatus) float64 { return float64(len(s.Stopped)) }))
 	total("walgate_transactions_total", "Source transactions logged by this instance.", status(func(s SourceStatus) float64 { return float64(s.Transactions) }))
 	total("walgate_changes_total", "Changes logged by this instance, one for each scope that they touch.", status(func(s SourceStatus) float64 { return float64(s.Rows) }))

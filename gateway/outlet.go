@@ -71,7 +71,7 @@ func appendFrameHeader(b []byte, size int) []byte {
 	return binary.BigEndian.AppendUint64(append(b, 127), uint64(size))
 }
 
-// gathered collects frames and writes them together. Close it in any case.
+// gathered collects frames and writes them together. Drop it in any case.
 type gathered struct {
 	out *outlet
 	buf *[]byte
@@ -109,11 +109,16 @@ func (g *gathered) flush() (err error) {
 	if g.buf == nil {
 		return nil
 	}
-	if len(*g.buf) > 0 {
-		_, err = g.out.Write(*g.buf)
-	}
-	*g.buf = (*g.buf)[:0]
-	gathers.Put(g.buf)
-	g.buf = nil
+	_, err = g.out.Write(*g.buf)
+	g.drop()
 	return err
+}
+
+// drop gives the buffer back.
+func (g *gathered) drop() {
+	if g.buf != nil {
+		*g.buf = (*g.buf)[:0]
+		gathers.Put(g.buf)
+		g.buf = nil
+	}
 }

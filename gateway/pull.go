@@ -131,36 +131,42 @@ func (g *Gateway) pull(c *fiber.Ctx) error {
 	}
 	ctx, cancel := context.WithTimeout(g.working, r.wait+readMost)
 	defer cancel()
-	body, n, err := g.pullPage(ctx, feed, r)
+	body, n, release, err := g.pullPage(ctx, feed, r)
 	if err != nil {
 		return err
 	}
 	g.metrics.pullChanges.Add(float64(n))
 	c.Set(fiber.HeaderContentType, fiber.MIMEApplicationJSON)
 	c.Set(fiber.HeaderCacheControl, "no-store")
-	return c.Send(body)
+	sendHeld(c, body, release)
+	return nil
 }
 
-// pullPage reads one page; with wait it reads again when something may have come.
-func (g *Gateway) pullPage(ctx context.Context, f *feed, r pullRequest) (body []byte, changes int, err error) {
+// pullPage reads one page; with wait it reads again when something may have come. release gives the page's memory back.
+func (g *Gateway) pullPage(ctx context.Context, f *feed, r pullRequest) (body []byte, changes int, release func(), err error) {
 	deadline := time.Now().Add(r.wait)
 	since := r.since
 	for {
-		p, err := g.readAdmitted(ctx, changelog.Request{Scopes: f.scopes, Since: since.Version, Until: r.until, Limit: r.limit, MaxBytes: g.limits.page})
+		p, release, err := g.readPage(ctx, changelog.Request{Scopes: f.scopes, Since: since.Version, Until: r.until, Limit: r.limit, MaxBytes: g.limits.page})
 		if err != nil {
-			return nil, 0, err
+			return nil, 0, nil, err
 		}
 		if err := f.usable(&p.Head); err != nil {
-			return nil, 0, err
+			release()
+			return nil, 0, nil, err
 		}
 		if rs := f.check(r.since, &p.Head); rs != nil {
 			g.metrics.resyncs.Inc()
 			names, _ := json.Marshal(rs.Collections) // strings
-			return fmt.Appendf(nil, `{"full_resync_required":true,"collections":%s,"reason":%q}`, names, rs.Reason), 0, nil
+			return fmt.Appendf(nil, `{"full_resync_required":true,"collections":%s,"reason":%q}`, names, rs.Reason), 0, release, nil
 		}
 		list := lastStates(f.judge(p.Entries, &p.Head, g.policyFailed))
-		if len(list) > 0 || p.More || r.until != 0 || !g.waitForChange(ctx, f, p.Last, deadline) {
-			return appendPage(f, p, list), len(list), nil
+		if len(list) > 0 || p.More || r.until != 0 {
+			return appendPage(f, p, list), len(list), release, nil
+		}
+		release() // while it waits it holds nothing
+		if !g.waitForChange(ctx, f, p.Last, deadline) {
+			return appendPage(f, p, list), 0, func() {}, nil
 		}
 		since.Version = p.Last // what lies before is nothing that the caller may see
 	}

@@ -19,7 +19,6 @@ const (
 	// writeTimeout is how long one write may stand still before the reader counts as stuck.
 	writeTimeout = 20 * time.Second
 	queueLimit   = 256 << 10 // bytes of frames that wait for one session
-	catchUpPage  = 500
 	pageBytes    = 8 << 20
 )
 
@@ -51,7 +50,8 @@ type session struct {
 	wakeAt   time.Time        // the next of:
 	beatAt   time.Time
 	pingAt   time.Time
-	lastSent *change // newest change written by catching up, while its transaction has no checkpoint yet
+	// open is the newest change written by catching up, while its transaction has no checkpoint yet; else zero.
+	open struct{ version, tx changelog.Version }
 }
 
 // closing is how a session ends: with a last frame and a close code.
@@ -70,7 +70,7 @@ func (s *session) closeWith(p *Problem) *closing {
 func (g *Gateway) serveStream(ctx context.Context, conn *websocket.Conn, out *outlet, id, token string) {
 	conn.SetReadLimit(int64(g.o.FrameLimit))
 	s := &session{g: g, conn: conn, out: out, id: id, renewals: make(chan clientFrame, 1), reading: make(chan error, 1)}
-	err := s.open(ctx, token)
+	err := s.begin(ctx, token)
 	if err == nil && !g.subjects.add(s.identity.Subject, g.o.StreamsPerSubject) {
 		err = &Problem{Code: TooManyConnections, Detail: "this subject has as many streams as it may"}
 	} else if err == nil {
@@ -79,6 +79,7 @@ func (g *Gateway) serveStream(ctx context.Context, conn *websocket.Conn, out *ou
 		err = s.run(ctx)
 		g.metrics.streams.Dec()
 		g.hub.leave(s.sub)
+		s.sub.drop()
 	}
 	s.close(err)
 }
@@ -103,8 +104,8 @@ func (s *session) close(err error) {
 	s.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(end.code, ""), time.Time{})
 }
 
-// open authenticates and reads the subscribe frame.
-func (s *session) open(ctx context.Context, token string) error {
+// begin authenticates and reads the subscribe frame.
+func (s *session) begin(ctx context.Context, token string) error {
 	s.conn.SetReadDeadline(time.Now().Add(s.g.limits.subscribe))
 	f, err := s.read()
 	if err != nil {
@@ -259,7 +260,9 @@ func (s *session) write(ctx context.Context) error {
 		var live bool
 		var end *resync
 		var problem *Problem
-		clear(queued)
+		if cap(queued) > keptFrames {
+			queued = nil
+		}
 		queued, live, end, problem = s.sub.take(queued[:0])
 		if err := s.send(queued); err != nil {
 			return err
@@ -383,84 +386,11 @@ func (s *session) heartbeat() error {
 	return s.writeText([]byte(`{"type":"heartbeat","last_seq":"` + s.sub.feed.cursor(v, s.history) + `"}`))
 }
 
-// catchUp reads the log from where the session stands until it can go live.
-func (s *session) catchUp(ctx context.Context) error {
-	s.g.metrics.slow.Inc()
-	s.sent = max(s.sent, s.sub.reached(0))
-	until := changelog.Version(0) // once live: where the queue begins
-	for {
-		p, err := s.g.readAdmitted(ctx, changelog.Request{Scopes: s.sub.feed.scopes, Since: s.sent, Until: until, Limit: catchUpPage, MaxBytes: s.g.limits.page})
-		if err != nil {
-			return err
-		}
-		since := changelog.Cursor{Version: s.sent, History: s.history}
-		if !s.ready {
-			since = s.since
-		}
-		if r := s.sub.feed.check(since, &p.Head); r != nil {
-			return s.resyncClosing(r)
-		}
-		if err := s.sub.feed.usable(&p.Head); err != nil {
-			return err
-		}
-		s.history = p.Head.History
-		if err := s.sendPage(p); err != nil {
-			return err
-		}
-		s.sent = p.Last
-		if err := s.attend(ctx, false); err != nil { // the client's pings and renewals don't wait for the log's end
-			return err
-		}
-		switch {
-		case p.More:
-			continue
-		case until == 0:
-			if err := s.g.hub.awaitStart(ctx); err != nil {
-				return s.goodbye()
-			}
-			until = s.g.hub.join(s.sub, p.Last)
-		}
-		if s.sent >= until {
-			return s.markReady()
-		}
-	}
-}
-
-// markReady tells the client once that it has caught up.
-func (s *session) markReady() error {
-	if s.ready {
-		return nil
-	}
-	s.ready = true
-	return s.writeText([]byte(`{"type":"ready","last_seq":"` + s.sub.feed.cursor(s.sent, s.history) + `"}`))
-}
-
-// sendPage writes a page of the log as frames, with a checkpoint after each complete transaction.
-func (s *session) sendPage(p *changelog.Page) error {
-	changes := s.sub.feed.judge(p.Entries, &p.Head, s.g.policyFailed)
-	var frames []frame
-	checkpoint := func() {
-		if s.lastSent != nil {
-			frames = append(frames, frame{checkpointFrame(s.sub.feed, s.lastSent.entry.Version, s.history), frameCheckpoint})
-			s.lastSent = nil
-		}
-	}
-	for i := range changes {
-		if c := &changes[i]; s.lastSent != nil && s.lastSent.entry.Tx != c.entry.Tx {
-			checkpoint()
-		}
-		s.lastSent = &changes[i]
-		frames = append(frames, frame{appendChange(nil, s.lastSent.collection, s.lastSent.entry, s.lastSent.op, s.history), frameChange})
-	}
-	if s.lastSent != nil && (!p.Partial || s.lastSent.entry.Tx != p.Entries[len(p.Entries)-1].Tx) {
-		checkpoint()
-	}
-	return s.send(frames)
-}
-
-// send writes frames, many at a time; in batch mode the changes before each checkpoint become one.
+// send writes frames, many at a time, and releases them; in batch mode the changes before each checkpoint become one.
 func (s *session) send(frames []frame) error {
+	defer releaseAll(frames)
 	out := s.out.gather()
+	defer out.drop()
 	for i := 0; i < len(frames); {
 		j := i + 1
 		var err error
@@ -496,6 +426,7 @@ func batchFrame(changes []frame) [][]byte {
 
 func (s *session) writeText(b []byte) error {
 	out := s.out.gather()
+	defer out.drop()
 	err := out.add(b)
 	if err == nil {
 		err = out.flush()

@@ -10,6 +10,7 @@ import (
 type frame struct {
 	data []byte
 	kind frameKind
+	room *shared // what it takes of the budget; nil: nothing
 }
 
 type frameKind uint8
@@ -79,18 +80,20 @@ func (s *subscriber) wants(v changelog.Version) bool {
 	return s.live && v > s.pos
 }
 
-// pend adds the change at v of transaction tx; true if it is the first of it in this round.
-func (s *subscriber) pend(data []byte, v, tx changelog.Version) bool {
+// pend adds the change at v of transaction tx; true if it is the first of it in this round. A frame without room ends the
+// live path.
+func (s *subscriber) pend(f frame, v, tx changelog.Version) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	first := len(s.pending) == 0
 	s.tx = tx
-	s.held += len(data)
-	if s.size+s.held > s.limit {
+	s.held += len(f.data)
+	if f.room == nil || s.size+s.held > s.limit {
 		s.overflowLocked()
 		return false
 	}
-	s.pending = append(s.pending, frame{data, frameChange})
+	f.room.refs.Add(1)
+	s.pending = append(s.pending, f)
 	s.newest = v
 	return first
 }
@@ -99,8 +102,31 @@ func (s *subscriber) pend(data []byte, v, tx changelog.Version) bool {
 func (s *subscriber) overflowLocked() {
 	s.live = false
 	s.pos = max(s.pos, s.tx-1)
-	s.pending, s.held = nil, 0
+	s.dropPendingLocked()
 	ring(s.bell)
+}
+
+func (s *subscriber) dropPendingLocked() {
+	releaseAll(s.pending)
+	s.pending, s.held = nil, 0
+}
+
+// drop gives up what is queued, once the hub knows the subscriber no longer.
+func (s *subscriber) drop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.live = false
+	s.dropPendingLocked()
+	releaseAll(s.queue)
+	s.queue, s.size = nil, 0
+}
+
+// releaseAll gives back the room of frames that were sent or given up, and forgets them.
+func releaseAll(frames []frame) {
+	for i := range frames {
+		frames[i].room.release()
+	}
+	clear(frames)
 }
 
 // flushPending queues what the transaction brought, with its checkpoint at v (0: it goes on).
@@ -108,7 +134,7 @@ func (s *subscriber) flushPending(v changelog.Version, checkpoint []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.live || len(s.pending) == 0 && s.pos >= v {
-		s.pending, s.held = nil, 0
+		s.dropPendingLocked()
 		return
 	}
 	s.queue = append(s.queue, s.pending...)
@@ -118,19 +144,22 @@ func (s *subscriber) flushPending(v changelog.Version, checkpoint []byte) {
 	s.pos = max(s.newest, v)
 	if v != 0 {
 		s.whole = v
-		s.queue = append(s.queue, frame{checkpoint, frameCheckpoint})
+		s.queue = append(s.queue, frame{data: checkpoint, kind: frameCheckpoint})
 	}
 	ring(s.bell)
 }
 
-// take moves what waits into dst.
+// keptFrames is for how many frames an idle stream keeps room.
+const keptFrames = 32
+
+// take moves what waits into dst. Whoever takes frames releases them.
 func (s *subscriber) take(dst []frame) (frames []frame, live bool, r *resync, p *Problem) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	dst = append(dst, s.queue...)
 	clear(s.queue)
 	s.queue, s.size = s.queue[:0], 0
-	if cap(s.queue) > 1024 {
+	if cap(s.queue) > keptFrames {
 		s.queue = nil
 	}
 	return dst, s.live, s.closing, s.problem

@@ -1,0 +1,101 @@
+package gateway
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+)
+
+// TestSendMemoryIsBounded: clients that don't read hold no more than limits.send_memory together, whatever their queues
+// would take, and in the end all of them have everything in order.
+func TestSendMemoryIsBounded(t *testing.T) {
+	t.Parallel()
+	const memory, clients, rows = 512 << 10, 8, 400
+	e := newEnv(t, setup{options: func(o *Options) { o.SendMemory = memory }, gateway: func(g *Gateway) { g.limits.queue = 64 << 20 }})
+	var streams []*stream
+	for i := range clients {
+		streams = append(streams, e.live(t, tokenFor(t, fmt.Sprint("s", i), nil), ""))
+	}
+	quick := e.live(t, tokenFor(t, "s0", nil), "") // shares the frames of a client that doesn't read
+	done := make(chan error, 1)
+	go func() {
+		for n := 0; n < rows; {
+			f, err := quick.read()
+			if err != nil {
+				done <- err
+				return
+			}
+			if f.Type == "" {
+				n++
+			}
+		}
+		done <- nil
+	}()
+	most := int64(0)
+	for i := range rows {
+		e.exec(t, `INSERT INTO todos SELECT $1::int * 100 + c, 's' || c, NULL, repeat(md5(random()::text), 256) FROM generate_series(0, $2::int - 1) c`, i, clients)
+		most = max(most, e.g.memory.held.Load())
+	}
+	e.sync(t)
+	if most = max(most, e.g.memory.held.Load()); most > memory || most < memory/8 {
+		t.Errorf("at most %d bytes were held, want some and no more than %d", most, memory)
+	}
+	if err := <-done; err != nil {
+		t.Errorf("the client that reads: %v", err)
+	}
+	var all sync.WaitGroup
+	for i, s := range streams {
+		all.Go(func() {
+			for n := 0; n < rows; {
+				f, err := s.read()
+				if err != nil {
+					t.Errorf("client %d after %d changes: %v", i, n, err)
+					return
+				}
+				if f.Type != "" {
+					continue
+				}
+				if f.DocID != fmt.Sprint(n*100+i) {
+					t.Errorf("client %d: change %d is %s", i, n, f.DocID)
+					return
+				}
+				n++
+			}
+		})
+	}
+	all.Wait()
+}
+
+// TestBudget: what is larger than everything comes alone, who waits gives up with its context, and a shared frame counts
+// once.
+func TestBudget(t *testing.T) {
+	t.Parallel()
+	b := newBudget(200)
+	giant, err := b.acquire(t.Context(), 1000)
+	if err != nil || b.held.Load() != 100 {
+		t.Fatalf("a giant page holds %d of 100: %v", b.held.Load(), err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if _, err := b.acquire(ctx, 1); err == nil {
+		t.Error("another page got memory beside the giant")
+	}
+	f := b.hold(60) // frames have memory of their own
+	if f == nil || b.hold(60) != nil {
+		t.Error("want room for one frame of 60, not for two")
+	}
+	f.refs.Add(2)
+	for range 2 {
+		f.release()
+	}
+	if b.held.Load() != 160 || b.hold(60) != nil {
+		t.Errorf("the frame is still in one queue, but %d bytes are held", b.held.Load())
+	}
+	f.release()
+	giant()
+	if b.held.Load() != 0 || b.share(1<<20) != leastPage {
+		t.Errorf("%d bytes are held, a share is %d", b.held.Load(), b.share(1<<20))
+	}
+}
