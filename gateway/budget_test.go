@@ -12,7 +12,7 @@ import (
 // would take, and in the end all of them have everything in order.
 func TestSendMemoryIsBounded(t *testing.T) {
 	t.Parallel()
-	const memory, clients, rows = 512 << 10, 8, 400
+	const memory, clients, rows = 2 << 20, 8, 100 // 12 MB for each client: more than sockets hold
 	e := newEnv(t, setup{options: func(o *Options) { o.SendMemory = memory }, gateway: func(g *Gateway) { g.limits.queue = 64 << 20 }})
 	var streams []*stream
 	for i := range clients {
@@ -35,7 +35,7 @@ func TestSendMemoryIsBounded(t *testing.T) {
 	}()
 	most := int64(0)
 	for i := range rows {
-		e.exec(t, `INSERT INTO todos SELECT $1::int * 100 + c, 's' || c, NULL, repeat(md5(random()::text), 256) FROM generate_series(0, $2::int - 1) c`, i, clients)
+		e.exec(t, `INSERT INTO todos SELECT $1::int * 100 + c, 's' || c, NULL, repeat(md5(random()::text), 4096) FROM generate_series(0, $2::int - 1) c`, i, clients)
 		most = max(most, e.g.memory.held.Load())
 	}
 	e.sync(t)
