@@ -100,3 +100,29 @@ func TestBudget(t *testing.T) {
 		t.Errorf("%d bytes are held, a share is %d", b.held.Load(), b.share(1<<20))
 	}
 }
+
+// TestLeavingGivesMemoryBack: what waits for a subscriber that leaves, and what overflowed, is held no longer; a frame that
+// waits for somebody else is.
+func TestLeavingGivesMemoryBack(t *testing.T) {
+	t.Parallel()
+	h := newTestHub()
+	stays, leaves, small := newTestSub(1<<20, 1), newTestSub(1<<20, 1, 2), newTestSub(1, 1)
+	for _, s := range []*subscriber{stays, leaves, small} {
+		h.join(s, 100)
+	}
+	h.apply(testBatch(100, []int{1}, []int{2}))
+	both := h.memory.held.Load()
+	h.leave(leaves)
+	one := h.memory.held.Load()
+	if one == 0 || one >= both {
+		t.Errorf("%d bytes for two changes, %d after one of two subscribers has left", both, one)
+	}
+	frames, _, _, _ := stays.take(nil)
+	releaseAll(frames)
+	for _, s := range []*subscriber{stays, small} {
+		h.leave(s)
+	}
+	if n := h.memory.held.Load(); n != 0 {
+		t.Errorf("%d bytes are held for nobody", n)
+	}
+}

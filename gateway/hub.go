@@ -316,10 +316,11 @@ func (h *hub) join(s *subscriber, v changelog.Version) (from changelog.Version) 
 	return v
 }
 
-// leave takes s out; it costs its scopes.
+// leave takes s out, with all that is queued for it; it costs its scopes.
 func (h *hub) leave(s *subscriber) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	defer s.drop()
 	if _, known := h.subs[s]; !known {
 		return
 	}

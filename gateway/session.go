@@ -79,7 +79,6 @@ func (g *Gateway) serveStream(ctx context.Context, conn *websocket.Conn, out *ou
 		err = s.run(ctx)
 		g.metrics.streams.Dec()
 		g.hub.leave(s.sub)
-		s.sub.drop()
 	}
 	s.close(err)
 }
