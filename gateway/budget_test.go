@@ -18,7 +18,7 @@ func TestSendMemoryIsBounded(t *testing.T) {
 	for i := range clients {
 		streams = append(streams, e.live(t, tokenFor(t, fmt.Sprint("s", i), nil), ""))
 	}
-	e.live(t, tokenFor(t, "s1", nil), "") // never reads: what waits for it is given back when it ends
+	e.live(t, tokenFor(t, "s1", nil), "")          // never reads: what waits for it is given back when it ends
 	quick := e.live(t, tokenFor(t, "s0", nil), "") // shares the frames of a client that doesn't read
 	done := make(chan error, 1)
 	go func() {

@@ -57,6 +57,7 @@ func testBatch(prev changelog.Version, changes ...[]int) *changelog.Batch {
 func versions(t *testing.T, s *subscriber) (got []int, checkpoints int) {
 	t.Helper()
 	frames, _, _, _ := s.take(nil)
+	defer releaseAll(frames)
 	for _, f := range frames {
 		if f.kind == frameCheckpoint {
 			checkpoints++
@@ -267,10 +268,10 @@ func TestHubModel(t *testing.T) {
 			members[s] = m
 		case 1:
 			for s, m := range members { // any
-				h.leave(s)
 				if got, _ := versions(t, s); !slices.Equal(got, m.want) {
 					t.Fatalf("seed %d: got %v, want %v", seed, got, m.want)
 				}
+				h.leave(s)
 				delete(members, s)
 				break
 			}
@@ -325,6 +326,7 @@ func BenchmarkFanOut(b *testing.B) {
 				}
 				for _, s := range subs[:c.concerned] {
 					room, _, _, _ = s.take(room[:0])
+					releaseAll(room)
 				}
 			}
 		})
