@@ -2,6 +2,7 @@ package replication
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -51,6 +52,10 @@ type setup struct {
 	specs    map[string]policies.Spec
 	autoInit bool
 	every    time.Duration // of the catalog poll; 0: an hour, so that only Relation messages tell
+
+	linked   string        // the source as the gateway reaches it; empty: dsn
+	timing   timing        // of the stream; zero: the usual
+	patience time.Duration // of the log's watchdog; 0: the usual
 }
 
 // source is a source with a leader that tails it into a log.
@@ -58,6 +63,8 @@ type source struct {
 	t       testing.TB
 	dsn     string
 	slot    string
+	linked  string // the source as the gateway reaches it
+	timing  timing
 	conn    *pgx.Conn // the application
 	pool    *pgxpool.Pool
 	log     *changelog.Log
@@ -92,7 +99,7 @@ func newSource(t testing.TB, o setup) *source {
 	if o.storage == "" {
 		o.storage = o.dsn
 	}
-	s := &source{t: t, dsn: o.dsn, logged: &logBuffer{}}
+	s := &source{t: t, dsn: o.dsn, linked: cmp.Or(o.linked, o.dsn), timing: o.timing, logged: &logBuffer{}}
 	s.conn = s.connect()
 	s.exec(o.before)
 	s.slot = fmt.Sprintf("walgate_%d", query[uint32](s, `SELECT oid FROM pg_database WHERE datname = current_database()`))
@@ -106,12 +113,13 @@ func (s *source) open(o setup, logger *slog.Logger) {
 	s.t.Helper()
 	ctx := s.t.Context()
 	var err error
-	s.pool, err = schema.OpenPool(ctx, s.dsn, 6)
+	s.pool, err = schema.OpenPool(ctx, s.linked, 6)
 	s.ok(err)
 	s.t.Cleanup(s.pool.Close)
 	s.log, err = changelog.Open(ctx, o.storage, 4)
 	s.ok(err)
 	s.t.Cleanup(s.log.Close)
+	s.log.Patience = cmp.Or(o.patience, s.log.Patience)
 	s.watcher = NewWatcher(s.pool, schema.PublicationsFor("walgate"), o.specs, o.autoInit, o.every, logger)
 	faults, err := s.watcher.Start(ctx)
 	s.ok(err)
@@ -132,7 +140,7 @@ func (s *source) open(o setup, logger *slog.Logger) {
 func (s *source) start() {
 	s.t.Helper()
 	s.bus, s.stats = changelog.NewMemoryBus(), &Stats{}
-	leader := NewLeader(Options{Source: s.pool, ReplicationURL: s.dsn, Slot: s.slot, Publications: schema.PublicationsFor("walgate"),
+	leader := NewLeader(Options{Source: s.pool, ReplicationURL: s.linked, timing: s.timing, Slot: s.slot, Publications: schema.PublicationsFor("walgate"),
 		MaxSlotLag: 1 << 40, Log: s.log, Bus: s.bus, Watcher: s.watcher, Stats: s.stats, Logger: slog.New(slog.NewTextHandler(s.logged, nil))})
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup

@@ -84,6 +84,7 @@ func connect(ctx context.Context, url, encoding string, sender time.Duration) (*
 	}
 	cfg.RuntimeParams["client_encoding"] = schema.ClientEncoding(encoding)
 	schema.BoundConnection(cfg)
+	onWire(cfg)
 	conn, err := pgconn.ConnectConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("open the replication connection (it must reach PostgreSQL directly, not through a pooler): %w", err)
@@ -163,6 +164,9 @@ func (s *stream) tick(ctx context.Context) error {
 		}
 		s.nextStatus = now.Add(s.timing.status)
 	}
+	if last := lastByte(s.conn.Conn()); last.After(s.heard) {
+		s.hear(last)
+	}
 	if now.Sub(s.heard) > s.timing.stall {
 		return errStalled
 	}
@@ -229,8 +233,8 @@ func (s *stream) put(ctx context.Context, p changelog.Piece) error {
 		if err := s.queue.WaitRoom(ctx, s.timing.status/2); err != nil {
 			return &appendFailure{err}
 		}
-		s.heard = time.Now() // it is us who aren't listening
-		s.stats.WireNanos.Store(s.heard.UnixNano())
+		s.stats.QueueBytes.Store(int64(s.queue.Len())) // while nothing is appended, nobody else says so
+		s.hear(time.Now())                             // it is us who aren't listening
 		if !s.heard.Before(s.nextStatus) {
 			if err := s.sendStatus(); err != nil {
 				return &appendFailure{err}
@@ -242,10 +246,14 @@ func (s *stream) put(ctx context.Context, p changelog.Piece) error {
 	return nil
 }
 
+func (s *stream) hear(at time.Time) {
+	s.heard = at
+	s.stats.WireNanos.Store(at.UnixNano())
+}
+
 // handle reads one message of the copy stream.
 func (s *stream) handle(ctx context.Context, data []byte) error {
-	s.heard = time.Now()
-	s.stats.WireNanos.Store(s.heard.UnixNano())
+	s.hear(time.Now())
 	switch {
 	case len(data) == 18 && data[0] == pglogrepl.PrimaryKeepaliveMessageByteID:
 		return s.keepalive(ctx, changelog.LSN(binary.BigEndian.Uint64(data[1:])), data[17] == 1)

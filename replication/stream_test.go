@@ -148,7 +148,7 @@ func TestKilledBetweenAppendAndAcknowledge(t *testing.T) {
 	s.exec(`BEGIN; UPDATE items SET title = 'x'; DELETE FROM items WHERE id = 1; COMMIT`)
 
 	// What a killed gateway leaves: appended, and no status sent.
-	l := NewLeader(Options{Source: s.pool, ReplicationURL: s.dsn, Slot: s.slot, Publications: s.watcher.publications, Log: s.log, Bus: s.bus,
+	l := NewLeader(Options{Source: s.pool, ReplicationURL: s.linked, Slot: s.slot, Publications: s.watcher.publications, Log: s.log, Bus: s.bus,
 		Watcher: s.watcher, Stats: s.stats, Logger: s.watcher.log})
 	src, err := l.prepare(t.Context())
 	s.ok(err)
