@@ -18,6 +18,7 @@ type alteration struct {
 	do   func(w *writer) []string
 	back func(w *writer) []string
 	away bool // a table isn't there meanwhile: no gateway may start
+	torn bool // what is published meanwhile is not whole transactions
 }
 
 // alterations are what the altering writer chooses from.
@@ -55,9 +56,32 @@ var alterations = []alteration{
 			return []string{`DO $$ BEGIN IF NOT (SELECT relispartition FROM pg_class WHERE oid = 'events_south'::regclass) THEN
 				LOCK events; DELETE FROM events_rest WHERE region = 'south'; ALTER TABLE events ATTACH PARTITION events_south FOR VALUES IN ('south'); END IF; END $$`}
 		}},
+	{name: "add a partition", do: func(w *writer) []string {
+		region := w.newName("pole")
+		return []string{fmt.Sprintf("CREATE TABLE events_%s PARTITION OF events FOR VALUES IN ('%[1]s')", region),
+			fmt.Sprintf("INSERT INTO events (region, id, owner_id) SELECT '%s', g, 'u' || g %% 5 FROM generate_series(1, 20) g", region)}
+	}},
 	{name: "rename table and back", away: true, do: func(*writer) []string { return []string{"ALTER TABLE softs RENAME TO softs_away"} },
 		back: func(*writer) []string { return []string{"ALTER TABLE IF EXISTS softs_away RENAME TO softs"} }},
-	{name: "table made anew", away: true, do: func(*writer) []string {
+	{name: "table out of the publication and in", do: func(w *writer) []string {
+		return []string{"ALTER PUBLICATION walgate DROP TABLE " + w.unpaired()}
+	}, back: func(w *writer) []string {
+		return []string{fmt.Sprintf(`DO $$ BEGIN IF NOT EXISTS (SELECT FROM pg_publication_tables WHERE pubname = 'walgate' AND tablename = '%[1]s')
+			THEN ALTER PUBLICATION walgate ADD TABLE %[1]s; END IF; END $$`, w.chosen)}
+	}},
+	{name: "publication of inserts only", torn: true, do: func(*writer) []string { return []string{"ALTER PUBLICATION walgate SET (publish = 'insert')"} },
+		back: func(*writer) []string {
+			return []string{"ALTER PUBLICATION walgate SET (publish = 'insert, update, delete, truncate')"}
+		}},
+	{name: "replica identity taken away", do: func(w *writer) []string {
+		return []string{"ALTER TABLE " + w.unpaired() + " REPLICA IDENTITY DEFAULT"}
+	}, back: func(w *writer) []string {
+		if w.chosen == "keyed" { // its policy needs the key only
+			return []string{"SELECT 1"}
+		}
+		return []string{"ALTER TABLE " + w.chosen + " REPLICA IDENTITY FULL"}
+	}},
+	{name: "table made anew", do: func(*writer) []string {
 		return []string{"DROP TABLE goods", goodsSQL, "INSERT INTO goods (id, name) SELECT g, 'again ' || g FROM generate_series(1, 100) g"}
 	}},
 }
@@ -65,6 +89,12 @@ var alterations = []alteration{
 // anyTable is a table that gets and loses columns.
 func (w *writer) anyTable() string {
 	return []string{"notes", "items", "levels", "events", "softs", "exact"}[w.rng.IntN(6)]
+}
+
+// unpaired chooses a table whose rows no other table's rows have to match, and remembers it.
+func (w *writer) unpaired() string {
+	w.chosen = []string{"items", "levels", "softs", "keyed"}[w.rng.IntN(4)]
+	return w.chosen
 }
 
 func (w *writer) newName(prefix string) string {
@@ -96,6 +126,9 @@ func (w *writer) alter(ctx context.Context) error {
 	if a.away {
 		w.tables.Lock()
 		defer w.tables.Unlock()
+	}
+	if a.torn {
+		w.torn.Store(true)
 	}
 	err := w.migrate(ctx, a.do(w))
 	if a.back != nil && (err == nil || !refused(err)) { // a connection that broke may have committed

@@ -88,6 +88,8 @@ type convergence struct {
 	pace    time.Duration // pause of a writer and a client between two of their steps
 	tables  sync.Mutex    // held while a table isn't there, and while the gateway starts
 
+	torn atomic.Bool // transactions may arrive in parts until the next settling
+
 	counting sync.Mutex
 	faults   map[string]int // what went wrong, by kind
 }
@@ -165,7 +167,7 @@ func (v *convergence) begin(t *testing.T) {
 		source.DSN(t, v.dsn), replication.DSN(t, v.dsn), log.DSN(t, v.storage))+convergenceConfig)
 	for i, text := range convergenceClaims {
 		c := newSyncClient(t, cfg, v.gateway.base, fmt.Sprint(i), text, v.rng(1000+uint64(i)))
-		c.names, c.whole, c.pace = c.caller.collections(), wholePairs, v.pace
+		c.names, c.whole, c.pace = c.caller.collections(), v.wholePairs, v.pace
 		v.clients = append(v.clients, c)
 	}
 	if err := v.gateway.start(ctx); err != nil {
@@ -178,7 +180,7 @@ func (v *convergence) begin(t *testing.T) {
 func (v *convergence) run(ctx context.Context, round uint64, alter bool, chaos func(context.Context)) {
 	var all sync.WaitGroup
 	for i := range uint64(convergenceWriters) {
-		w := &writer{t: v.t, dsn: v.dsn, rng: v.rng(100*(round+1) + i), commits: &v.commits, count: v.count, round: round, tables: &v.tables, pace: v.pace}
+		w := &writer{t: v.t, dsn: v.dsn, rng: v.rng(100*(round+1) + i), commits: &v.commits, count: v.count, round: round, tables: &v.tables, torn: &v.torn, pace: v.pace}
 		if i == 0 && alter {
 			w.role = altering
 		} else if i == 1 {
@@ -221,6 +223,7 @@ func (v *convergence) settle(when string) {
 		})
 	}
 	all.Wait()
+	v.torn.Store(false)
 }
 
 var errDiffers = errors.New("the replica differs from SELECT")

@@ -30,6 +30,8 @@ type writer struct {
 	round       uint64      // part of new names
 	tables      *sync.Mutex // held while a table isn't there
 	alterations []alteration
+	chosen      string       // table of the present alteration
+	torn        *atomic.Bool // see convergence
 	names       int
 }
 

@@ -191,7 +191,11 @@ func (w *Watcher) join(ctx context.Context, cat *schema.Catalog) (*schema.Catalo
 		return cat, err
 	}
 	w.log.Info("tables joined the publication", "steps", strings.Join(done, "; "))
-	return w.loadCatalog(ctx)
+	joined, err := w.loadCatalog(ctx)
+	if err != nil {
+		return cat, err
+	}
+	return joined, nil
 }
 
 // compilable compiles the collections that the catalog allows, published or not.

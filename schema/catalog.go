@@ -43,7 +43,7 @@ func (c *Catalog) Table(schema, name string) *Table {
 }
 
 const relationsSQL = `SELECT c.oid, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text, c.relreplident::text,
-	c.relispartition, c.relfilenode,
+	c.relispartition, c.relfilenode, c.relnatts,
 	coalesce(row_security_active(c.oid), false), coalesce(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'), false),
 	CASE WHEN r.oid IS NULL THEN '' ELSE concat_ws('.', p.oid, p.xmin, r.oid) END,
 	to_jsonb(r) ->> 'prqual' IS NOT NULL, to_jsonb(r) ->> 'prattrs' IS NOT NULL
@@ -94,7 +94,7 @@ func (c *Catalog) load(ctx context.Context, q Querier, types *Types, publication
 	err := each(ctx, q, relationsSQL, []any{names, publication}, func(r pgx.Rows) error {
 		t := &Table{}
 		var kind, persistence, identity string
-		if err := r.Scan(&t.OID, &t.Schema, &t.Name, &kind, &persistence, &identity, &t.Partition, &t.file,
+		if err := r.Scan(&t.OID, &t.Schema, &t.Name, &kind, &persistence, &identity, &t.Partition, &t.file, &t.width,
 			&t.RowsHidden, &t.Readable, &t.joined, &t.Filtered, &t.Listed); err != nil {
 			return err
 		}

@@ -73,6 +73,8 @@ func TestKeepsShape(t *testing.T) {
 		`DROP TABLE t; CREATE TABLE t (id int PRIMARY KEY, v varchar(20), m mood, p pair)`: false,
 		`CREATE TYPE late AS (x int); ALTER TABLE t ADD l late`:                            true,
 		`ALTER TABLE t ADD l int, ADD l2 int DEFAULT 3`:                                    false,
+		`ALTER TABLE t ADD n int DEFAULT 1; ALTER TABLE t DROP n`:                          false,
+		`ALTER TABLE t ADD n int; ALTER TABLE t ADD o int; ALTER TABLE t DROP n`:           false,
 	} {
 		t.Run(sql, func(t *testing.T) {
 			t.Parallel()

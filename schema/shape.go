@@ -16,6 +16,7 @@ func (t *Table) Shape() string {
 	for _, k := range t.Key {
 		fmt.Fprintf(&b, "key %q deferrable %t\n", t.Columns[k].Name, t.KeyDeferrable)
 	}
+	fmt.Fprintf(&b, "width %d\n", t.width)
 	seen := map[uint32]bool{}
 	for _, c := range t.Columns {
 		if c.Generated {
@@ -58,6 +59,10 @@ func (t *Table) KeepsShape(stored string) bool {
 	}
 	take(&old, "stamp ")
 	take(&now, "stamp ")
+	if t.shed(take(&old, "width ")) {
+		return false
+	}
+	take(&now, "width ")
 	for _, line := range old {
 		if !slices.Contains(now, line) {
 			return false
@@ -80,6 +85,21 @@ func (t *Table) KeepsShape(stored string) bool {
 		return false
 	}
 	return true
+}
+
+// shed says whether a column came and went since the stored width: documents may have been shown with it.
+func (t *Table) shed(stored []string) bool {
+	var before int16
+	if _, err := fmt.Sscanf(strings.Join(stored, "\n"), "width %d", &before); err != nil {
+		return true
+	}
+	present := 0
+	for _, c := range t.Columns {
+		if c.Num > before {
+			present++
+		}
+	}
+	return present != int(t.width-before)
 }
 
 // take removes the lines with a prefix and returns them.

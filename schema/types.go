@@ -86,6 +86,7 @@ type Table struct {
 	Partition     bool   // is itself a partition of another table
 	joined        string // names this stay in the publication: another one follows a gap
 	file          uint32 // pg_class.relfilenode: another one was written from scratch
+	width         int16  // pg_class.relnatts: columns that ever were
 }
 
 // Leaf is one partition that holds rows.
