@@ -119,7 +119,7 @@ func (g *Gateway) full(c *fiber.Ctx) error {
 		return g.fullAll(c, feed, r, enc, release)
 	}
 	defer release()
-	ctx, cancel := context.WithTimeout(g.working, chunkTimeMost)
+	ctx, cancel := context.WithTimeout(g.working, g.limits.chunk)
 	defer cancel()
 	return g.fullPage(ctx, c, feed, r, enc)
 }

@@ -29,7 +29,7 @@ const (
 func (g *Gateway) fullAll(c *fiber.Ctx, f *feed, r fullRequest, enc encoding, release func()) error {
 	ctx, cancel := context.WithTimeout(g.working, fullTimeMost)
 	x := &export{g: g, feed: f, rows: chunkRows, bytes: chunkBytes, parts: newParts()}
-	if err := within(ctx, func(ctx context.Context) error { return x.begin(ctx, r.since) }); err != nil {
+	if err := x.within(ctx, func(ctx context.Context) error { return x.begin(ctx, r.since) }); err != nil {
 		cancel()
 		release()
 		return err
@@ -136,12 +136,12 @@ func (x *export) readAll(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		if err := within(ctx, x.fill); err != nil {
+		if err := x.within(ctx, x.fill); err != nil {
 			return err
 		}
 		if last = x.done(); last {
 			var settles changelog.Version
-			err := within(ctx, func(ctx context.Context) (err error) {
+			err := x.within(ctx, func(ctx context.Context) (err error) {
 				settles, err = x.settle(ctx)
 				return err
 			})
@@ -161,8 +161,8 @@ func (x *export) readAll(ctx context.Context) error {
 }
 
 // within bounds one step of limit=all: a source that fell silent must not keep a place among the full resyncs.
-func within(ctx context.Context, step func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, chunkTimeMost)
+func (x *export) within(ctx context.Context, step func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, x.g.limits.chunk)
 	defer cancel()
 	return step(ctx)
 }

@@ -101,13 +101,14 @@ type limits struct {
 	write     time.Duration // one write to a stream
 	fullWrite time.Duration // one write of limit=all
 	fence     time.Duration
-	queue     int // bytes of frames that wait for one session
-	page      int // bytes of documents in one page
+	chunk     time.Duration // the reading of one chunk of a full resync
+	queue     int           // bytes of frames that wait for one session
+	page      int           // bytes of documents in one page
 }
 
 func defaultLimits() limits {
 	return limits{subscribe: subscribeTimeout, heartbeat: heartbeatInterval, ping: pingInterval, write: writeTimeout,
-		fullWrite: streamWrite, fence: fenceTimeout, queue: queueLimit, page: pageBytes}
+		fullWrite: streamWrite, fence: fenceTimeout, chunk: chunkTimeMost, queue: queueLimit, page: pageBytes}
 }
 
 // New checks nothing over the network; it makes the routes.

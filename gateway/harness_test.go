@@ -62,6 +62,7 @@ type setup struct {
 	options func(*Options)
 	gateway func(*Gateway)
 	bus     func(changelog.Bus) changelog.Bus
+	source  func(dsn string) string // how the gateway's reads reach the source
 }
 
 // env is a whole gateway over a database of its own.
@@ -100,7 +101,11 @@ func newEnv(t testing.TB, s setup) *env {
 	ctx := t.Context()
 	e := &env{logged: &logBuffer{}, ended: make(chan struct{}), client: &http.Client{Transport: &http.Transport{DisableCompression: true}}}
 	logger := slog.New(slog.NewTextHandler(e.logged, nil))
-	source, err := schema.OpenPool(ctx, dsn, 8)
+	reach := dsn
+	if s.source != nil {
+		reach = s.source(dsn)
+	}
+	source, err := schema.OpenPool(ctx, reach, 8)
 	ok(t, err)
 	e.db, err = pgxpool.New(ctx, dsn)
 	ok(t, err)
