@@ -44,6 +44,8 @@ type Options struct {
 	// Fresh runs initdb even where Fast would copy. Copies share one system identifier, which tests of a replaced
 	// server must not.
 	Fresh bool
+	// fill makes the data directory in place of initdb.
+	fill func(data string) error
 }
 
 // Server is a running, stopped or crashed private PostgreSQL server.
@@ -123,6 +125,9 @@ func (s *Server) prepare(ctx context.Context) error {
 	major, err := clusterMajor(s.dataDir())
 	if err != nil || major != 0 {
 		return err
+	}
+	if s.options.fill != nil {
+		return s.options.fill(s.dataDir())
 	}
 	return initCluster(ctx, s.install, s.root, s.dataDir(), s.options)
 }
