@@ -28,13 +28,13 @@ const (
 
 // Link relays connections to its target.
 type Link struct {
-	target   string
 	listener net.Listener
 	ctx      context.Context // Ends with the test.
 	stop     context.CancelFunc
 	running  sync.WaitGroup
 
 	mu      sync.Mutex
+	target  string
 	changed chan struct{} // Closed and renewed whenever the weather changes.
 	down    bool
 	stalled [directions]bool
@@ -89,6 +89,13 @@ func parse(t testing.TB, dsn string) *url.URL {
 		t.Fatalf("%q is not the URL of a server: %v", dsn, err)
 	}
 	return u
+}
+
+// Turn relays new connections to another target, as the address of a service that fails over does; open ones stay.
+func (l *Link) Turn(t testing.TB, dsn string) {
+	t.Helper()
+	host := parse(t, dsn).Host
+	l.change(func() { l.target = host })
 }
 
 // Cut resets the open connections, and says how many there were; new ones are accepted.
@@ -203,8 +210,11 @@ func (l *Link) relay(conn *net.TCPConn) {
 	if !l.await(r, requests, 0) { // Not even the handshake passes a stall.
 		return
 	}
+	l.mu.Lock()
+	to := l.target
+	l.mu.Unlock()
 	var dialer net.Dialer
-	target, err := dialer.DialContext(l.ctx, "tcp", l.target)
+	target, err := dialer.DialContext(l.ctx, "tcp", to)
 	if !l.join(r, target, err) {
 		return
 	}
