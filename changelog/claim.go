@@ -19,15 +19,29 @@ const (
 	logLost    = "the change log was lost"
 )
 
+// HistoryForgotten is what the source remembers in place of a history from the making of a slot until a leader has claimed
+// the log with it.
+const HistoryForgotten = "none"
+
+const (
+	// claimIdle frees the log from a claim whose process or host is gone without a word.
+	claimIdle = "5s"
+	// gapsMost bounds the remembered gaps; before the oldest of them clients resynchronise.
+	gapsMost = 1000
+)
+
 // Claim is what a new leader knows when it takes the log over.
 type Claim struct {
 	Source         Server
 	SourceTime     time.Time // the source's clock
 	SlotCreated    bool      // the slot was just made: everything before SlotLSN is lost to the log
 	SlotLSN        LSN       // the slot's confirmed_flush
-	LogExisted     bool      // the source remembers that a log was started
+	SourceEnd      LSN       // how far the source's WAL is flushed
+	Remembered     string    // the history that the source remembers, HistoryForgotten, or "": no log was ever started
 	ConfigRevision int64
 	Collections    []ClaimedCollection
+	// Committed asks the source whether it may have committed a transaction; false is proof that it has not.
+	Committed func(ctx context.Context, xid uint64) (bool, error)
 }
 
 // ClaimedCollection is a collection as the new leader's configuration and catalog have it.
@@ -64,7 +78,7 @@ func claim(ctx context.Context, conn *pgx.Conn, c Claim) (*Claimed, error) {
 	}
 	out := &Claimed{}
 	err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `LOCK TABLE walgate.checkpoint IN SHARE ROW EXCLUSIVE MODE`); err != nil {
+		if _, err := tx.Exec(ctx, `SET LOCAL idle_in_transaction_session_timeout = '`+claimIdle+`'; LOCK TABLE walgate.checkpoint IN SHARE ROW EXCLUSIVE MODE`, pgx.QueryExecModeSimpleProtocol); err != nil {
 			return err
 		}
 		if err := claimCheckpoint(ctx, tx, c, storage, out); err != nil {
@@ -102,18 +116,22 @@ type stored struct {
 	lsn             LSN
 	source, storage Server
 	serverTime      time.Time
+	restarted       bool   // the log's server was started anew since the last claim
+	xid             uint64 // of the newest logged transaction of this history; 0: none
 }
 
 func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, out *Claimed) error {
 	var s stored
 	err := tx.QueryRow(ctx, `SELECT epoch, config_revision, history, version, floor, lsn - '0/0'::pg_lsn,
-		source_system, source_timeline, storage_system, storage_timeline, clock_timestamp() FROM walgate.checkpoint`).Scan(
+		source_system, source_timeline, storage_system, storage_timeline, clock_timestamp(),
+		server_started IS DISTINCT FROM pg_postmaster_start_time(),
+		coalesce((SELECT xid FROM walgate.transactions WHERE tx > floor ORDER BY tx DESC LIMIT 1), 0) FROM walgate.checkpoint`).Scan(
 		&s.epoch, &s.revision, &s.history, &s.version, &s.floor, (*pgLSN)(&s.lsn),
-		&s.source.System, &s.source.Timeline, &s.storage.System, &s.storage.Timeline, &s.serverTime)
+		&s.source.System, &s.source.Timeline, &s.storage.System, &s.storage.Timeline, &s.serverTime, &s.restarted, &s.xid)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		out.NewHistory = FirstStart
-		if c.LogExisted {
+		if c.Remembered != "" {
 			out.NewHistory = logLost
 		}
 	case err != nil:
@@ -122,7 +140,9 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 		if c.ConfigRevision < s.revision {
 			return fmt.Errorf("%w: %d here, %d there: deploy the newer configuration", ErrConfigRevision, c.ConfigRevision, s.revision)
 		}
-		out.NewHistory = broken(s, c, storage)
+		if out.NewHistory, err = broken(ctx, s, c, storage); err != nil {
+			return err
+		}
 	}
 	out.Epoch = s.epoch + 1
 	out.History, out.Version, out.LSN = s.history, s.version, s.lsn
@@ -134,29 +154,60 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 		if floor = out.Version; out.NewHistory == FirstStart {
 			floor = 0 // nothing was ever issued before
 		}
+		if _, err := tx.Exec(ctx, `DELETE FROM walgate.gaps`); err != nil { // they lie below the floor
+			return err
+		}
+	} else if s.restarted {
+		out.Version = firstVersion(s.version, c.SourceTime, s.serverTime, false)
+		if floor, err = leaveGap(ctx, tx, s.version, out.Version, floor); err != nil {
+			return err
+		}
 	}
-	_, err = tx.Exec(ctx, `INSERT INTO walgate.checkpoint (epoch, writer, history, version, floor, lsn, source_system, source_timeline, storage_system, storage_timeline, config_revision)
-		VALUES ($1, $1, $2, $3, $4, '0/0'::pg_lsn + $5::numeric, $6, $7, $8, $9, $10)
+	_, err = tx.Exec(ctx, `INSERT INTO walgate.checkpoint (epoch, writer, history, version, floor, lsn, source_system, source_timeline, storage_system, storage_timeline, config_revision, server_started)
+		VALUES ($1, $1, $2, $3, $4, '0/0'::pg_lsn + $5::numeric, $6, $7, $8, $9, $10, pg_postmaster_start_time())
 		ON CONFLICT (one) DO UPDATE SET epoch = excluded.epoch, writer = excluded.writer, history = excluded.history, version = excluded.version,
 			floor = excluded.floor, lsn = excluded.lsn, source_system = excluded.source_system, source_timeline = excluded.source_timeline,
-			storage_system = excluded.storage_system, storage_timeline = excluded.storage_timeline, config_revision = excluded.config_revision`,
+			storage_system = excluded.storage_system, storage_timeline = excluded.storage_timeline, config_revision = excluded.config_revision,
+			server_started = excluded.server_started`,
 		out.Epoch, out.History, int64(out.Version), int64(floor), lsnNumeric(out.LSN), c.Source.System, c.Source.Timeline, storage.System, storage.Timeline, c.ConfigRevision)
 	return err
 }
 
 // broken says why the stored log can't be continued, or "".
-func broken(s stored, c Claim, storage Server) string {
+func broken(ctx context.Context, s stored, c Claim, storage Server) (string, error) {
 	switch {
-	case c.SlotCreated:
-		return "the replication slot was lost"
+	case c.SlotCreated || c.Remembered == HistoryForgotten:
+		return "the replication slot was lost", nil
 	case s.source != c.Source:
-		return "the source is another server or timeline than before"
+		return "the source is another server or timeline than before", nil
 	case s.storage != storage:
-		return "the change log is on another server or timeline than before"
+		return "the change log is on another server or timeline than before", nil
 	case c.SlotLSN > s.lsn:
-		return fmt.Sprintf("the slot confirms %s but the change log ends at %s", c.SlotLSN, s.lsn)
+		return fmt.Sprintf("the slot confirms %s but the change log ends at %s", c.SlotLSN, s.lsn), nil
+	case c.SourceEnd < s.lsn:
+		return fmt.Sprintf("the source's WAL ends at %s but the change log holds it up to %s: the source was restored to an older state", c.SourceEnd, s.lsn), nil
+	case c.Remembered != "" && c.Remembered != s.history:
+		return fmt.Sprintf("the source remembers history %s but the change log is of %s: one of the two was restored to an older state, or two sources share this change log", c.Remembered, s.history), nil
+	case s.xid == 0:
+		return "", nil
 	}
-	return ""
+	if known, err := c.Committed(ctx, s.xid); err != nil || known {
+		return "", err
+	}
+	return fmt.Sprintf("the source has not committed transaction %d, which the change log holds: the source was restored to an older state", s.xid), nil
+}
+
+// leaveGap remembers that no version between two was ever issued, and returns the floor. A server that was restored from a
+// copy of its files has forgotten what it committed since, and can't know: to it, this is a start like any other. So after
+// each start versions go on from the present time; a client that comes from within the gap has seen what was lost.
+func leaveGap(ctx context.Context, tx pgx.Tx, last, first, floor Version) (Version, error) {
+	if _, err := tx.Exec(ctx, `INSERT INTO walgate.gaps (after_version, first_version) VALUES ($1, $2)`, int64(last), int64(first)); err != nil {
+		return 0, err
+	}
+	var forgotten Version
+	err := tx.QueryRow(ctx, `WITH old AS (DELETE FROM walgate.gaps WHERE after_version IN (SELECT after_version FROM walgate.gaps ORDER BY after_version DESC OFFSET $1)
+		RETURNING first_version) SELECT coalesce(max(first_version), 0) FROM old`, gapsMost).Scan(&forgotten)
+	return max(floor, forgotten), err
 }
 
 // firstVersion lies above every version issued before.

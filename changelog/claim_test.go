@@ -1,6 +1,7 @@
 package changelog
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -53,15 +54,22 @@ type claimCase struct {
 func TestSecondClaim(t *testing.T) {
 	t.Parallel()
 	cases := map[string]claimCase{
-		"nothing changed":     {},
-		"slot behind the log": {change: func(c *Claim) { c.SlotLSN = 1 }},
-		"slot created":        {change: func(c *Claim) { c.SlotCreated = true }, history: "slot was lost"},
-		"slot ahead":          {change: func(c *Claim) { c.SlotLSN = 101 }, history: "slot confirms 0/65 but the change log ends at 0/64"},
-		"other system":        {change: func(c *Claim) { c.Source.System = "8" }, history: "source is another server"},
-		"other timeline":      {change: func(c *Claim) { c.Source.Timeline++ }, history: "source is another server or timeline"},
-		"other storage":       {sql: `UPDATE walgate.checkpoint SET storage_system = '1'`, history: "change log is on another server"},
-		"storage promoted":    {sql: `UPDATE walgate.checkpoint SET storage_timeline = 9`, history: "change log is on another server or timeline"},
-		"log lost": {change: func(c *Claim) { c.LogExisted = true },
+		"nothing changed":                        {},
+		"slot behind the log":                    {change: func(c *Claim) { c.SlotLSN = 1 }},
+		"slot created":                           {change: func(c *Claim) { c.SlotCreated = true }, history: "slot was lost"},
+		"slot ahead":                             {change: func(c *Claim) { c.SlotLSN = 101 }, history: "slot confirms 0/65 but the change log ends at 0/64"},
+		"slot made anew by a process that ended": {change: func(c *Claim) { c.Remembered = HistoryForgotten }, history: "slot was lost"},
+		"source behind the log":                  {change: func(c *Claim) { c.SourceEnd = 99 }, history: "WAL ends at 0/63 but the change log holds it up to 0/64"},
+		"source at the log":                      {change: func(c *Claim) { c.SourceEnd = 100 }},
+		"source of another history":              {change: func(c *Claim) { c.Remembered = "zzzz" }, history: "remembers history zzzz"},
+		"source without the newest transaction": {change: func(c *Claim) {
+			c.Committed = func(_ context.Context, xid uint64) (bool, error) { return xid != 100, nil }
+		}, history: "has not committed transaction 100"},
+		"other system":     {change: func(c *Claim) { c.Source.System = "8" }, history: "source is another server"},
+		"other timeline":   {change: func(c *Claim) { c.Source.Timeline++ }, history: "source is another server or timeline"},
+		"other storage":    {sql: `UPDATE walgate.checkpoint SET storage_system = '1'`, history: "change log is on another server"},
+		"storage promoted": {sql: `UPDATE walgate.checkpoint SET storage_timeline = 9`, history: "change log is on another server or timeline"},
+		"log lost": {change: func(c *Claim) { c.Remembered = "0000" },
 			sql: `TRUNCATE walgate.checkpoint, walgate.collections, walgate.changes, walgate.transactions`, history: "log was lost"},
 		"revision higher":     {change: func(c *Claim) { c.ConfigRevision = 7 }},
 		"fingerprint changed": {change: func(c *Claim) { c.Collections[0].Fingerprint = "f2" }, raised: "policy changed"},

@@ -110,6 +110,17 @@ type Head struct {
 	Floor       Version
 	LSN         LSN
 	Collections []Collection // sorted by id
+	Gaps        []Version    // pairs, rising: no version between the two of a pair was ever issued
+}
+
+// Issued says whether the log may have issued v, as far as it remembers.
+func (h *Head) Issued(v Version) bool {
+	for i := 0; i+1 < len(h.Gaps); i += 2 {
+		if h.Gaps[i] < v && v < h.Gaps[i+1] {
+			return false
+		}
+	}
+	return v <= h.Version
 }
 
 // Collection returns the state of the collection with this id, or nil.
@@ -123,7 +134,8 @@ func (h *Head) Collection(id int32) *Collection {
 }
 
 const (
-	headSQL        = `SELECT version, history, floor, lsn - '0/0'::pg_lsn FROM walgate.checkpoint`
+	headSQL = `SELECT version, history, floor, lsn - '0/0'::pg_lsn,
+		ARRAY(SELECT v FROM walgate.gaps, unnest(ARRAY[after_version, first_version]) v ORDER BY v) FROM walgate.checkpoint`
 	collectionsSQL = `SELECT id, name, fingerprint, shape, floor, floor_reason, stopped FROM walgate.collections ORDER BY id`
 )
 
@@ -143,7 +155,7 @@ func (l *Log) Head(ctx context.Context) (*Head, error) {
 // queueHead queues the reading of the checkpoint and of the collections.
 func queueHead(b *pgx.Batch, h *Head) {
 	b.Queue(headSQL).QueryRow(func(r pgx.Row) error {
-		err := r.Scan(&h.Version, &h.History, &h.Floor, (*pgLSN)(&h.LSN))
+		err := r.Scan(&h.Version, &h.History, &h.Floor, (*pgLSN)(&h.LSN), &h.Gaps)
 		if errors.Is(err, pgx.ErrNoRows) {
 			return ErrNotInitialised
 		}

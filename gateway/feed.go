@@ -107,7 +107,7 @@ func (f *feed) check(since changelog.Cursor, h *changelog.Head) *resync {
 	switch {
 	case since.History != "" && since.History != h.History:
 		r.Reason, r.Collections = reasonHistory, f.names()
-	case since.Version > h.Version:
+	case !h.Issued(since.Version):
 		r.Reason, r.Collections = reasonAhead, f.names()
 	case since.Version < h.Floor:
 		r.Reason, r.Collections = reasonTooOld, f.names()

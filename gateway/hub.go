@@ -199,6 +199,10 @@ func (h *hub) adoptLocked(now *changelog.Head) {
 			s.end(&resync{Collections: s.feed.names(), Reason: reasonHistory})
 			continue
 		}
+		if now.Version >= old.Version && !now.Issued(old.Version) { // what it was handed is lost
+			s.end(&resync{Collections: s.feed.names(), Reason: reasonAhead})
+			continue
+		}
 		for _, c := range s.feed.collections {
 			if is := stateOf(now, c.Name); is != nil {
 				cutOff(s, c.Name, old.Version, is)
