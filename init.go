@@ -55,7 +55,7 @@ func initialise(ctx context.Context, cfg *Config, p *parts, logger *slog.Logger)
 	if err != nil {
 		return err
 	}
-	slot, err := replication.EnsureSlot(ctx, conn.Conn(), cfg.Replication.Slot, logger)
+	slot, err := replication.EnsureSlot(ctx, conn.Conn(), cfg.Replication.Slot, logger, nil)
 	if err != nil {
 		return err
 	}

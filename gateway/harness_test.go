@@ -168,7 +168,7 @@ func prepare(t testing.TB, source *pgxpool.Pool, log *changelog.Log, w *replicat
 	d := w.Current()
 	_, err = replication.Join(ctx, conn.Conn(), p, d.Set, d.Catalog)
 	ok(t, err)
-	_, err = replication.EnsureSlot(ctx, conn.Conn(), slot, logger)
+	_, err = replication.EnsureSlot(ctx, conn.Conn(), slot, logger, nil)
 	ok(t, err)
 	ok(t, log.Migrate(ctx))
 	ok(t, w.Reload(ctx))

@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -47,6 +49,7 @@ type Leader struct {
 	unpublished bool              // the slot stands where no publication was
 	expired     time.Time         // when retention was last applied
 	droppable   changelog.Version // log partitions below it may go with the next time
+	server      changelog.Server  // the source as last seen
 }
 
 // NewLeader returns a leader; Run does the work.
@@ -68,6 +71,8 @@ func (l *Leader) Run(ctx context.Context) error {
 	watching.Go(func() { l.watchSlot(ctx) })
 	l.o.Log.OnWaiting = l.waiting
 	pause := firstBackoff
+	var waiting string // what was last logged of a slot that others hold
+	var logged time.Time
 	for {
 		began := time.Now()
 		err := l.session(ctx)
@@ -76,6 +81,10 @@ func (l *Leader) Run(ctx context.Context) error {
 			return nil
 		}
 		l.unpublished = l.unpublished || publicationMissing(err)
+		busy := slotBusy(err)
+		if busy {
+			err = heldBy(ctx, l.o.Source, l.o.Slot, err)
+		}
 		l.o.Stats.setState(false, err)
 		l.o.Stats.Reconnects.Add(1)
 		if time.Since(began) > time.Minute {
@@ -86,8 +95,11 @@ func (l *Leader) Run(ctx context.Context) error {
 			pause = firstBackoff
 			continue
 		}
-		if slotBusy(err) {
-			l.o.Logger.Info("another process reads the slot; waiting to take over", "slot", l.o.Slot)
+		if busy {
+			if err.Error() != waiting || time.Since(logged) > waitAgain {
+				waiting, logged = err.Error(), time.Now()
+				l.o.Logger.Warn("another process holds the slot; waiting to take over", "slot", l.o.Slot, "error", err)
+			}
 			pause = min(pause, time.Second)
 		} else {
 			l.o.Logger.Error("replication stopped; trying again", "error", err, "pause", pause.String())
@@ -106,11 +118,6 @@ func (l *Leader) waiting(why string) {
 	if was := l.o.Stats.setWaiting(why); (was == "") != (why == "") {
 		l.o.Logger.Warn("the change log holds replication up; the source keeps its WAL meanwhile", "reason", cmp.Or(why, "over: it goes on"))
 	}
-}
-
-func slotBusy(err error) bool {
-	var pg *pgconn.PgError
-	return errors.As(err, &pg) && pg.Code == "55006" // object_in_use
 }
 
 // publicationMissing says that the WAL at the slot's position comes from a time without publication: it decodes by the
@@ -134,7 +141,13 @@ func (l *Leader) session(ctx context.Context) error {
 		return err
 	}
 	defer closeConn(conn)
+	if err := l.identify(ctx, conn, &src.claim); err != nil {
+		return err
+	}
 	if err := start(ctx, conn, l.o.Slot, l.o.Publications); err != nil {
+		return err
+	}
+	if err := l.verify(ctx, conn.PID(), src.claim.SlotLSN); err != nil {
 		return err
 	}
 	if err := l.refuseSynchronous(ctx, conn.PID()); err != nil {
@@ -197,6 +210,13 @@ func (l *Leader) prepare(ctx context.Context) (*sourceState, error) {
 	}
 	defer pooled.Release()
 	conn := pooled.Conn()
+	var standby bool
+	if err := conn.QueryRow(short, `SELECT pg_is_in_recovery()`).Scan(&standby); err != nil {
+		return nil, fmt.Errorf("read the source's state: %w", err)
+	}
+	if standby {
+		return nil, errors.New("the source is a standby, which can't be followed: waiting until it is promoted; else let database.url name the primary")
+	}
 	_, exists, err := schema.PublishedTables(short, conn, l.o.Publications)
 	if err != nil {
 		return nil, err
@@ -211,29 +231,78 @@ func (l *Leader) prepare(ctx context.Context) (*sourceState, error) {
 		}
 		l.unpublished = false
 	}
-	slot, err := EnsureSlot(ctx, conn, l.o.Slot, l.o.Logger) // may wait for long to make one
+	slot, err := EnsureSlot(ctx, conn, l.o.Slot, l.o.Logger, func(why error) { l.o.Stats.setState(false, why) }) // may wait for long to make one
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel = context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	server, err := changelog.ServerIdentity(ctx, conn)
-	if err != nil {
-		return nil, err
-	}
-	s := &sourceState{claim: changelog.Claim{Source: server, SlotLSN: slot.Confirmed, ConfigRevision: l.o.ConfigRevision}}
+	s := &sourceState{claim: changelog.Claim{SlotLSN: slot.Confirmed, ConfigRevision: l.o.ConfigRevision}}
 	var xmax int64
-	var before bool
 	err = conn.QueryRow(ctx, `SELECT current_setting('server_encoding'), pg_snapshot_xmax(pg_current_snapshot())::text::int8, clock_timestamp(),
-		EXISTS (SELECT FROM walgate.source)`).Scan(&s.encoding, &xmax, &s.claim.SourceTime, &before)
+		coalesce((SELECT history FROM walgate.source), '')`).Scan(&s.encoding, &xmax, &s.claim.SourceTime, &s.claim.Remembered)
 	if err != nil {
 		return nil, fmt.Errorf("read the source's state: %w", err)
 	}
 	s.xmax = uint64(xmax)
 	s.claim.SlotCreated = slot.Created
-	s.claim.LogExisted = before
+	s.claim.Committed = l.committed
 	s.claim.Collections = l.claimed(ctx, conn)
 	return s, nil
+}
+
+// identify asks the replication connection itself which server it is on and where its WAL ends: the pool may still be
+// connected to a server that was the source before.
+func (l *Leader) identify(ctx context.Context, conn *pgconn.PgConn, c *changelog.Claim) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	s, err := pglogrepl.IdentifySystem(ctx, conn)
+	if err != nil {
+		return fmt.Errorf("identify the source: %w", err)
+	}
+	c.Source = changelog.Server{System: s.SystemID, Timeline: int64(s.Timeline)}
+	c.SourceEnd = changelog.LSN(s.XLogPos)
+	if c.Source != l.server {
+		l.server = c.Source
+		l.o.Source.Reset()
+	}
+	return nil
+}
+
+// verify makes sure, now that the slot is ours and nobody else can move it, that it is the one that was looked at, and
+// that the pool's connections reach the same server as the replication connection.
+func (l *Leader) verify(ctx context.Context, walsender uint32, confirmed changelog.LSN) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	var now int64
+	err := l.o.Source.QueryRow(ctx, `SELECT (confirmed_flush_lsn - '0/0')::int8 FROM pg_replication_slots WHERE slot_name = $1 AND active_pid = $2`,
+		l.o.Slot, int64(walsender)).Scan(&now)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		l.o.Source.Reset()
+		return fmt.Errorf("database.url and database.replication_url reach different servers, or a pooler stands between: slot %s is read by process %d on one, and not on the other", l.o.Slot, walsender)
+	case err != nil:
+		return fmt.Errorf("read the state of slot %s: %w", l.o.Slot, err)
+	case changelog.LSN(now) != confirmed:
+		return fmt.Errorf("slot %s moved from %s to %s while it was taken: looking again", l.o.Slot, confirmed, changelog.LSN(now))
+	}
+	return nil
+}
+
+// committed says whether the source may have committed a transaction: false is proof that it has not.
+func (l *Leader) committed(ctx context.Context, xid uint64) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	var aborted bool
+	err := l.o.Source.QueryRow(ctx, `SELECT coalesce(pg_xact_status($1::text::xid8) = 'aborted', false)`, strconv.FormatUint(xid, 10)).Scan(&aborted)
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && pg.Code == "22023" { // the id is in the future
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("ask the source for the outcome of transaction %d: %w", xid, err)
+	}
+	return !aborted, nil
 }
 
 // claimed describes the collections as this instance's configuration and the catalog have them.

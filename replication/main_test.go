@@ -73,6 +73,7 @@ type source struct {
 	stats   *Stats
 	logged  *logBuffer
 	stop    func()
+	maxLag  int64 // of the slot; 0: far away
 }
 
 const itemsTable = `CREATE TABLE items (id int PRIMARY KEY, owner text, title text, body text);`
@@ -130,18 +131,25 @@ func (s *source) open(o setup, logger *slog.Logger) {
 	d := s.watcher.Current()
 	_, err = Join(ctx, s.conn, schema.PublicationsFor("walgate"), d.Set, d.Catalog)
 	s.ok(err)
-	_, err = EnsureSlot(ctx, s.conn, s.slot, logger)
+	_, err = EnsureSlot(ctx, s.conn, s.slot, logger, nil)
 	s.ok(err)
 	s.ok(s.log.Migrate(ctx))
 	s.ok(s.watcher.Reload(ctx))
 }
 
-// start runs a leader and the catalog's watch until stop.
+// start runs a leader and the catalog's watch until stop, and waits until it leads.
 func (s *source) start() {
+	s.t.Helper()
+	s.launch()
+	s.await("the leader leads", func() bool { leading, _, _ := s.stats.State(); return leading })
+}
+
+// launch runs a leader and the catalog's watch until stop.
+func (s *source) launch() {
 	s.t.Helper()
 	s.bus, s.stats = changelog.NewMemoryBus(), &Stats{}
 	leader := NewLeader(Options{Source: s.pool, ReplicationURL: s.linked, timing: s.timing, Slot: s.slot, Publications: schema.PublicationsFor("walgate"),
-		MaxSlotLag: 1 << 40, Log: s.log, Bus: s.bus, Watcher: s.watcher, Stats: s.stats, Logger: slog.New(slog.NewTextHandler(s.logged, nil))})
+		MaxSlotLag: cmp.Or(s.maxLag, 1<<40), Log: s.log, Bus: s.bus, Watcher: s.watcher, Stats: s.stats, Logger: slog.New(slog.NewTextHandler(s.logged, nil))})
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -156,7 +164,6 @@ func (s *source) start() {
 	})
 	s.stop = sync.OnceFunc(func() { cancel(); wg.Wait() })
 	s.t.Cleanup(s.stop)
-	s.await("the leader leads", func() bool { leading, _, _ := s.stats.State(); return leading })
 }
 
 func (s *source) ok(err error) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -24,45 +25,90 @@ type Slot struct {
 
 // EnsureSlot returns the slot, making it where it is missing or was invalidated. The publications must exist before:
 // WAL from before a publication can't be decoded under its name. Making a slot waits for every transaction that is
-// running; log says which one holds it up.
-func EnsureSlot(ctx context.Context, conn *pgx.Conn, name string, log *slog.Logger) (Slot, error) {
+// running: the log says which one holds it up, and so does waiting, which may be nil.
+func EnsureSlot(ctx context.Context, conn *pgx.Conn, name string, log *slog.Logger, waiting func(error)) (Slot, error) {
 	var s Slot
-	var plugin, database, status string
+	var plugin, database, status, reason string
 	var confirmed int64
 	short, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	err := conn.QueryRow(short, `SELECT plugin::text, database::text, active, coalesce(wal_status, ''), coalesce(confirmed_flush_lsn - '0/0', 0)::int8
-		FROM pg_replication_slots WHERE slot_name = $1`, name).Scan(&plugin, &database, &s.Active, &status, &confirmed)
+	// A column that older servers don't have is null as a member of JSON.
+	err := conn.QueryRow(short, `SELECT coalesce(plugin::text, 'none: it is physical'), coalesce(database::text, 'none'), active, coalesce(wal_status, ''),
+		coalesce(to_jsonb(s) ->> 'invalidation_reason', ''), coalesce(confirmed_flush_lsn - '0/0', 0)::int8
+		FROM pg_replication_slots s WHERE slot_name = $1`, name).Scan(&plugin, &database, &s.Active, &status, &reason, &confirmed)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return createSlot(ctx, conn, name, log)
+		return createSlot(ctx, conn, name, log, waiting)
 	case err != nil:
 		return s, fmt.Errorf("read the state of slot %s: %w", name, err)
 	case plugin != "pgoutput" || database != conn.Config().Database:
-		return s, fmt.Errorf("slot %s belongs to somebody else (plugin %s, database %s): set replication.slot to another name", name, plugin, database)
-	case status == "lost":
-		log.Warn("the slot was invalidated because it held back too much WAL (max_slot_wal_keep_size); making a new one, clients will resynchronise", "slot", name)
+		return s, fmt.Errorf("slot %s belongs to somebody else (plugin %s, database %s): drop it there, or set replication.slot to another name", name, plugin, database)
+	case status == "lost": // for good; unreserved and extended still have their WAL
+		log.Warn("the slot was invalidated; making a new one, clients will resynchronise", "slot", name, "reason", invalidation(reason))
 		if err := DropSlot(ctx, conn, name); err != nil {
 			return s, err
 		}
-		return createSlot(ctx, conn, name, log)
+		return createSlot(ctx, conn, name, log, waiting)
 	}
 	s.Confirmed = changelog.LSN(confirmed)
 	return s, nil
 }
 
-func createSlot(ctx context.Context, conn *pgx.Conn, name string, log *slog.Logger) (Slot, error) {
+// invalidation says what made the server give a slot up, and which setting bounds it.
+func invalidation(reason string) string {
+	switch reason {
+	case "wal_removed", "": // before 17 no reason is told, and on a primary there was but this one
+		return "it held back more WAL than max_slot_wal_keep_size allows"
+	case "idle_timeout":
+		return "nobody read it for longer than idle_replication_slot_timeout"
+	}
+	return reason
+}
+
+// createSlot makes the slot. First it takes back what the source remembers of the log's history: whatever becomes of this
+// process, the next leader then knows that the slot is a new one.
+func createSlot(ctx context.Context, conn *pgx.Conn, name string, log *slog.Logger, waiting func(error)) (Slot, error) {
 	failpoint.Here(failpoint.SlotMissing)
-	done := make(chan struct{})
-	defer close(done)
-	go watchSlotCreation(done, conn.Config(), conn.PgConn().PID(), name, log)
+	short, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	if _, err := conn.Exec(short, `UPDATE walgate.source SET history = $1`, changelog.HistoryForgotten); err != nil {
+		return Slot{}, fmt.Errorf("note in the source that the slot is made anew: %w", err)
+	}
+	var watch sync.WaitGroup
+	watching, stop := context.WithCancel(ctx)
+	watch.Go(func() { watchSlotCreation(watching, conn.Config(), conn.PgConn().PID(), name, log, waiting) })
+	defer watch.Wait()
+	defer stop()
 	sql := fmt.Sprintf(`SELECT (lsn - '0/0')::int8 FROM %s`, slotCall(`$1`, major(conn)))
 	var lsn int64
-	if err := conn.QueryRow(ctx, sql, name).Scan(&lsn); err != nil {
+	if err := cancelled(ctx, conn, func(ctx context.Context) error { return conn.QueryRow(ctx, sql, name).Scan(&lsn) }); err != nil {
 		return Slot{}, fmt.Errorf("create replication slot %s (needs wal_level = logical, a free slot, and the REPLICATION attribute): %w", name, err)
 	}
 	failpoint.Here(failpoint.SlotMade)
 	return Slot{Created: true, Confirmed: changelog.LSN(lsn)}, nil
+}
+
+// cancelled runs a statement that may wait for very long. When ctx ends, the server is told to cancel it: one whose client
+// is merely gone would go on waiting, and hold the slot.
+func cancelled(ctx context.Context, conn *pgx.Conn, do func(context.Context) error) error {
+	doing, giveUp := context.WithCancel(context.WithoutCancel(ctx))
+	defer giveUp()
+	asked := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(asked)
+		asking, done := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer done()
+		if err := conn.PgConn().CancelRequest(asking); err != nil {
+			giveUp()
+			return
+		}
+		time.AfterFunc(2*time.Second, giveUp)
+	})
+	err := do(doing)
+	if !stop() {
+		<-asked
+	}
+	return err
 }
 
 // slotCall is the call that makes a slot; from 17 on a promoted standby has it too.
@@ -76,32 +122,6 @@ func slotCall(name string, major int) string {
 // SlotSQL is the statement that makes the slot, for a DBA.
 func SlotSQL(name string, serverVersion int) string {
 	return `SELECT ` + slotCall(`'`+strings.ReplaceAll(name, `'`, `''`)+`'`, serverVersion/10000) + `;`
-}
-
-// watchSlotCreation names the oldest transaction while a slot's creation waits for it.
-func watchSlotCreation(done <-chan struct{}, cfg *pgx.ConnConfig, pid uint32, slot string, log *slog.Logger) {
-	tick := time.NewTicker(5 * time.Second)
-	defer tick.Stop()
-	for {
-		select {
-		case <-done:
-			return
-		case <-tick.C:
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
-		var holder int64
-		var age time.Duration
-		c, err := pgx.ConnectConfig(ctx, cfg)
-		if err == nil {
-			err = c.QueryRow(ctx, `SELECT pid, clock_timestamp() - xact_start FROM pg_stat_activity
-				WHERE backend_xid IS NOT NULL AND pid <> $1 ORDER BY xact_start LIMIT 1`, int64(pid)).Scan(&holder, &age)
-			c.Close(ctx)
-		}
-		if err == nil {
-			log.Warn("the slot's creation waits for a transaction that is still open; end it to go on", "slot", slot, "pid", holder, "open_for", age.String())
-		}
-		cancel()
-	}
 }
 
 // DropSlot drops the slot if it exists. A gateway that still reads from it is an error.

@@ -154,6 +154,7 @@ func TestKilledBetweenAppendAndAcknowledge(t *testing.T) {
 	s.ok(err)
 	conn, err := connect(t.Context(), s.dsn, src.encoding, senderTimeout)
 	s.ok(err)
+	s.ok(l.identify(t.Context(), conn, &src.claim))
 	s.ok(start(t.Context(), conn, s.slot, s.watcher.publications))
 	appender, claimed, err := s.log.NewAppender(t.Context(), s.bus, src.claim)
 	s.ok(err)
