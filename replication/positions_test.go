@@ -73,7 +73,7 @@ func TestFlushNeverPassesLogged(t *testing.T) {
 // TestIdleSourceIsAcknowledged: WAL of other tables and other databases must not be held back, though nothing is logged.
 func TestIdleSourceIsAcknowledged(t *testing.T) {
 	t.Parallel()
-	s := newSource(t, setup{before: `CREATE TABLE noise (n int)`})
+	s := newSource(t, setup{timing: quick, before: `CREATE TABLE noise (n int)`})
 	s.settle()
 	other := newSourceConn(t, pgserver.ForTest(t).Database(t))
 	other.exec(`CREATE TABLE noise (n int)`)
@@ -159,22 +159,34 @@ func TestFastShutdownIsNotDelayed(t *testing.T) {
 	}
 }
 
-// TestSenderTimeoutOffInTheDatabase: then only our own start-up parameter makes the server send keepalives.
-func TestSenderTimeoutOffInTheDatabase(t *testing.T) {
+// TestSenderTimeoutOfTheDatabase: whatever the database says, off or shorter than our statuses come, our own start-up
+// parameter holds: neither a quiet time nor a log that stands still ends the connection. That a dead one ends by it is
+// TestReplicationConnectionStalled's.
+func TestSenderTimeoutOfTheDatabase(t *testing.T) {
 	t.Parallel()
-	s := newSource(t, setup{before: `DO $$BEGIN EXECUTE format('ALTER DATABASE %I SET wal_sender_timeout = 0', current_database()); END$$;`})
-	got := query[int](s, fmt.Sprintf(`SELECT count(*) FROM pg_stat_replication WHERE application_name = 'walgate' AND pid = (SELECT active_pid FROM pg_replication_slots WHERE slot_name = '%s')`, s.slot))
-	if got != 1 {
-		t.Fatalf("%d walsenders", got)
-	}
-	s.exec(`INSERT INTO items VALUES (1)`)
-	s.expect(0, "u 1")
-	reconnects := s.stats.Reconnects.Load()
-	quiet := time.Now().Add(senderTimeout + statusInterval)
-	s.await("more than the sender's timeout has passed", func() bool { return time.Now().After(quiet) })
-	s.exec(`INSERT INTO items VALUES (2)`)
-	s.expect(0, "u 1, u 2")
-	if n := s.stats.Reconnects.Load(); n != reconnects {
-		t.Errorf("%d reconnects in a quiet time\n%s", n-reconnects, s.logged)
+	for _, setting := range []string{"0", "100ms"} {
+		t.Run(setting, func(t *testing.T) {
+			t.Parallel()
+			s := newSource(t, setup{timing: quick, before: fmt.Sprintf(`DO $$BEGIN EXECUTE format('ALTER DATABASE %%I SET wal_sender_timeout = %q', current_database()); END$$;`, setting)})
+			s.exec(`INSERT INTO items VALUES (1)`)
+			s.settle()
+			reconnects, sender := s.stats.Reconnects.Load(), s.walsender()
+			quiet := time.Now().Add(quick.stall + 2*quick.status)
+			s.await("a dead connection would have been noticed", func() bool { return time.Now().After(quiet) })
+			holder := s.connect()
+			if _, err := holder.Exec(t.Context(), `BEGIN; SELECT FROM walgate.checkpoint FOR UPDATE`); err != nil {
+				t.Fatal(err)
+			}
+			s.exec(`INSERT INTO items VALUES (2)`)
+			held := time.Now().Add(quick.sender + 2*quick.status)
+			s.await("the sender's timeout has passed while the log stands still", func() bool { return time.Now().After(held) })
+			if _, err := holder.Exec(t.Context(), `ROLLBACK`); err != nil {
+				t.Fatal(err)
+			}
+			s.expect(0, "u 1, u 2")
+			if n := s.stats.Reconnects.Load(); n != reconnects || s.walsender() != sender {
+				t.Errorf("%d reconnects\n%s", n-reconnects, s.logged)
+			}
+		})
 	}
 }

@@ -12,11 +12,11 @@ import (
 // gateway must ask; a silence that goes on is a dead connection.
 func TestSilentSourceIsAskedForLife(t *testing.T) {
 	t.Parallel()
-	s := newSource(t, setup{storage: newDatabase(t)})
+	s := newSource(t, setup{timing: quick, storage: newDatabase(t)})
 	s.exec(`INSERT INTO items VALUES (1)`)
 	s.settle()
 	began, before := time.Now(), s.stats.Reconnects.Load()
-	s.await("a silence longer than a dead connection's", func() bool { return time.Since(began) > stallTimeout+2*statusInterval })
+	s.await("a silence longer than a dead connection's", func() bool { return time.Since(began) > quick.stall+2*quick.status })
 	if n := s.stats.Reconnects.Load() - before; n != 0 {
 		t.Errorf("reconnected %d times while nothing was wrong:\n%s", n, s.logged)
 	}
