@@ -236,6 +236,14 @@ func TestConnectingIsBounded(t *testing.T) {
 	}
 	t.Cleanup(l.Close)
 	t.Cleanup(func() { link.Cut() })
+	plain, err := Open(t.Context(), dsn, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(plain.Close)
+	if d := plain.pool.Config().ConnConfig.ConnectTimeout; d <= 0 || d > time.Minute {
+		t.Errorf("without connect_timeout in the URL it is %s", d)
+	}
 	link.Stall()
 	for range 2 {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)

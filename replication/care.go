@@ -39,7 +39,7 @@ const (
 
 // watchSlot looks at the slot now and then, whether or not this instance leads, and whenever it begins to.
 func (l *Leader) watchSlot(ctx context.Context) {
-	tick := time.NewTicker(slotCheckInterval)
+	tick := time.NewTicker(l.o.timing.slot)
 	defer tick.Stop()
 	for {
 		select {

@@ -13,7 +13,7 @@ import (
 )
 
 // quick is the stream's times for tests that wait for them.
-var quick = timing{sender: time.Second, status: 200 * time.Millisecond, stall: 2 * time.Second, idle: time.Second}
+var quick = timing{sender: time.Second, status: 200 * time.Millisecond, stall: 2 * time.Second, idle: time.Second, slot: 500 * time.Millisecond}
 
 // longTests says whether tests that are short by default shall take their time.
 func longTests() bool { return os.Getenv("WALGATE_TEST_LONG") != "" }
@@ -309,6 +309,12 @@ func TestLogsDatabaseIsSilent(t *testing.T) {
 				if at := changelog.LSN(query[int64](logged, `SELECT (lsn - '0/0')::int8 FROM walgate.checkpoint`)); flushed > at {
 					t.Errorf("acknowledged %s, but the log ends at %s", flushed, at)
 				}
+			}
+			lag := func() int64 { _, _, slot := s.stats.State(); return slot.LagBytes }
+			at := lag()
+			s.exec(`SELECT pg_logical_emit_message(false, 'neighbour', repeat('x', 1000000))`)
+			if name != "old connections" { // else it may lead again
+				s.await("the slot's lag is watched although nothing reads from it", func() bool { return lag() > at+900_000 })
 			}
 			want := s.insert(3)
 			link.Up()

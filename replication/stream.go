@@ -35,9 +35,9 @@ const (
 )
 
 // timing is those times, but for tests that can't wait that long.
-type timing struct{ sender, status, stall, idle time.Duration }
+type timing struct{ sender, status, stall, idle, slot time.Duration }
 
-var defaultTiming = timing{senderTimeout, statusInterval, stallTimeout, idlePersist}
+var defaultTiming = timing{senderTimeout, statusInterval, stallTimeout, idlePersist, slotCheckInterval}
 
 // stream reads the slot. All its methods but post run on one goroutine, the only one that touches the connection.
 type stream struct {
