@@ -19,7 +19,7 @@ import (
 
 // announceLimit is how many bytes of entries one batch may carry over the bus; a larger one is announced by its
 // position only.
-const announceLimit = 4 << 20
+const announceLimit = 2 << 20
 
 // bufferKept is the most memory that is kept from one append to the next: more than what a queue's worth of rows needs, less
 // than a giant row.

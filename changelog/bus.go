@@ -19,8 +19,9 @@ type Bus interface {
 	Subscribe(ctx context.Context) <-chan *Batch
 }
 
-// memoryBusDepth is how many batches a slow subscriber may lag before messages to it are dropped.
-const memoryBusDepth = 32
+// memoryBusDepth is how many batches, of announceLimit at most, a slow subscriber may lag before messages to it are
+// dropped; it reads the log then.
+const memoryBusDepth = 16
 
 // MemoryBus is the bus of a single instance. Safe for concurrent use.
 type MemoryBus struct {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -15,6 +16,7 @@ type Request struct {
 	Until    Version    // inclusive; 0: the newest
 	Limit    int        // entries; at least 1
 	MaxBytes int        // of documents; one larger document comes alone
+	Largest  int        // bytes of a document that may come; 0: any. A larger one is withheld, see Page.Withheld
 }
 
 // Page is what a caller's scopes hold after Since, in version order, cut at a transaction's end where possible.
@@ -24,6 +26,9 @@ type Page struct {
 	Last    Version // everything up to here is in Entries; above Since whenever More
 	More    bool    // there is more up to Until
 	Partial bool    // Entries end within a source transaction
+	// Withheld is the bytes of the documents that are above Request.Largest: make room and ask again. Else the page is
+	// without meaning but for the head.
+	Withheld int
 }
 
 // MaxScopes is how many scope keys one read may name.
@@ -33,7 +38,7 @@ const entryColumns = `version, tx, scope, collection, op, size, doc_id, data, gu
 
 // pageSQL merges the scopes' index ranges: it reads at most limit entries of each scope, however long the log is, and
 // fetches no document beyond the byte limit, but every entry of the version that reaches it: a version isn't split.
-const pageSQL = `SELECT ` + entryColumns + ` FROM (
+const pageSQL = `SELECT version, tx, scope, collection, op, size, doc_id, CASE WHEN size <= $6 THEN data END, guard, changed FROM (
 	SELECT e.*, coalesce(sum(size) OVER (ORDER BY version RANGE BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before FROM (
 		SELECT x.* FROM unnest($1::uuid[]) AS s(key) CROSS JOIN LATERAL (
 			SELECT ` + entryColumns + ` FROM walgate.changes c
@@ -57,8 +62,15 @@ func (l *Log) Read(ctx context.Context, r Request) (*Page, error) {
 		r.Until = maxVersion
 	}
 	return l.page(ctx, r, func(b *pgx.Batch, limit int) *pgx.QueuedQuery {
-		return b.Queue(pageSQL, r.Scopes, int64(r.Since), int64(r.Until), limit, int64(r.MaxBytes))
+		return b.Queue(pageSQL, r.Scopes, int64(r.Since), int64(r.Until), limit, int64(r.MaxBytes), largest(r))
 	})
+}
+
+func largest(r Request) int32 {
+	if r.Largest == 0 {
+		return math.MaxInt32
+	}
+	return int32(min(r.Largest, math.MaxInt32))
 }
 
 // ReadAll returns one page of the whole log, for the hub to close a gap.
@@ -77,13 +89,16 @@ func (l *Log) page(ctx context.Context, r Request, query func(*pgx.Batch, int) *
 		b := &pgx.Batch{}
 		b.Queue(`BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY`)
 		query(b, limit+1).Query(func(rows pgx.Rows) (err error) {
-			p.Entries, bytes, err = scanEntries(rows, min(limit, 4096))
+			p.Entries, bytes, p.Withheld, err = scanEntries(rows, min(limit, 4096))
 			return err
 		})
 		queueHead(b, &p.Head)
 		b.Queue(`COMMIT`)
 		if err := l.pool.SendBatch(ctx, b).Close(); err != nil {
 			return nil, readError(err)
+		}
+		if p.Withheld > 0 {
+			return p, nil
 		}
 		full := len(p.Entries) > limit
 		heavy := bytes >= r.MaxBytes && len(p.Entries) > 0
@@ -140,12 +155,12 @@ func (l *Log) endsTransaction(ctx context.Context, r Request, p *Page) error {
 	var after []Entry
 	var q *pgx.QueuedQuery
 	if len(r.Scopes) > 0 {
-		q = b.Queue(pageSQL, r.Scopes, int64(p.Last), int64(r.Until), 1, int64(1))
+		q = b.Queue(pageSQL, r.Scopes, int64(p.Last), int64(r.Until), 1, int64(1), int32(0)) // its data isn't looked at
 	} else {
 		q = b.Queue(orderSQL, int64(p.Last), int64(r.Until), 1, int64(1))
 	}
 	q.Query(func(rows pgx.Rows) (err error) {
-		after, _, err = scanEntries(rows, 1)
+		after, _, _, err = scanEntries(rows, 1)
 		return err
 	})
 	if err := l.pool.SendBatch(ctx, b).Close(); err != nil {
@@ -155,9 +170,9 @@ func (l *Log) endsTransaction(ctx context.Context, r Request, p *Page) error {
 	return nil
 }
 
-// scanEntries reads rows of entryColumns into entries that share few large buffers.
-func scanEntries(rows pgx.Rows, expect int) ([]Entry, int, error) {
-	var out []Entry
+// scanEntries reads rows of entryColumns into entries that share few large buffers, and counts the bytes of documents: of
+// all, and of those that were withheld.
+func scanEntries(rows pgx.Rows, expect int) (out []Entry, bytes, withheld int, err error) {
 	var arena []byte
 	hold := func(v []byte) []byte {
 		if v == nil {
@@ -170,18 +185,20 @@ func scanEntries(rows pgx.Rows, expect int) ([]Entry, int, error) {
 		arena = append(arena, v...)
 		return arena[n:len(arena):len(arena)]
 	}
-	bytes := 0
 	for rows.Next() {
 		v := rows.RawValues()
-		if len(v) != 10 || len(v[0]) != 8 || len(v[1]) != 8 || len(v[2]) != 16 || len(v[3]) != 4 || len(v[4]) != 1 {
-			return nil, 0, fmt.Errorf("read the change log: unexpected row format")
+		if len(v) != 10 || len(v[5]) != 4 || len(v[0]) != 8 || len(v[1]) != 8 || len(v[2]) != 16 || len(v[3]) != 4 || len(v[4]) != 1 {
+			return nil, 0, 0, fmt.Errorf("read the change log: unexpected row format")
 		}
 		e := Entry{Version: Version(be64(v[0])), Tx: Version(be64(v[1])), Scope: [16]byte(v[2]), Collection: int32(be32(v[3])), Op: v[4][0]}
 		e.DocID, e.Data, e.Guard, e.Changed = hold(v[6]), hold(v[7]), hold(v[8]), hold(v[9])
-		bytes += len(e.Data)
+		size := int(int32(be32(v[5])))
+		if bytes += size; e.Data == nil {
+			withheld += size
+		}
 		out = append(out, e)
 	}
-	return out, bytes, rows.Err()
+	return out, bytes, withheld, rows.Err()
 }
 
 func be64(b []byte) uint64 { return uint64(be32(b))<<32 | uint64(be32(b[4:])) }

@@ -163,13 +163,44 @@ func explain(t testing.TB, dsn string, args ...any) (string, float64) {
 	return string(text), plans[0].Plan["Shared Hit Blocks"].(float64) + plans[0].Plan["Shared Read Blocks"].(float64)
 }
 
+// TestGiantDocumentsAreWithheld: a page tells of documents that are larger than asked for, and doesn't fetch them.
+func TestGiantDocumentsAreWithheld(t *testing.T) {
+	t.Parallel()
+	l, _, _, start := filled(t, 5)
+	h := mustHead(t, l)
+	all := Request{Scopes: [][16]byte{scope(1), scope(2), scope(3), scope(9)}, Since: start, Limit: 1000, MaxBytes: 1 << 20}
+	whole := mustRead(t, l, all)
+	small, large := 1<<30, 0
+	for _, e := range whole.Entries {
+		small, large = min(small, len(e.Data)), max(large, len(e.Data))
+	}
+	for _, limit := range []int{large, large - 1, small} {
+		r := all
+		r.Largest = limit
+		p, above := mustRead(t, l, r), 0
+		for _, e := range whole.Entries {
+			if len(e.Data) > limit {
+				above += len(e.Data)
+			}
+		}
+		if p.Withheld != above || p.Head.Version != h.Version || limit < large == (above == 0) {
+			t.Errorf("with documents of at most %d bytes %d bytes are withheld, want %d", limit, p.Withheld, above)
+		}
+		for _, e := range p.Entries {
+			if len(e.Data) > limit {
+				t.Errorf("a document of %d bytes came", len(e.Data))
+			}
+		}
+	}
+}
+
 // TestReadCostsWhatItReturns: the plan goes by ranges of the scope index, and what others wrote isn't touched.
 func TestReadCostsWhatItReturns(t *testing.T) {
 	t.Parallel()
 	l, dsn, _, start := filled(t, 30)
 	conn := session(t, dsn)
 	h := mustHead(t, l)
-	args := []any{[][16]byte{scope(1), scope(2)}, int64(start), int64(maxVersion), 501, int64(8 << 20)}
+	args := []any{[][16]byte{scope(1), scope(2)}, int64(start), int64(maxVersion), 501, int64(8 << 20), int32(1 << 20)}
 	var touched []float64
 	others := 0
 	for _, grow := range []int{0, 20000, 180000} {

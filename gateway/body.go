@@ -6,7 +6,6 @@ import (
 	"io"
 	"net"
 	"strconv"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -106,18 +105,18 @@ func (w *bodyWriter) finish() {
 	w.send(nil, nil)
 }
 
-// sendHeld answers with body and calls release once it is written or given up.
-func sendHeld(c *fiber.Ctx, body []byte, release func()) {
-	c.Context().SetBodyStream(&heldBody{bytes.NewReader(body), sync.OnceFunc(release)}, len(body))
+// sendHeld answers with body and releases its memory once it is written or given up.
+func sendHeld(c *fiber.Ctx, body []byte, room *lease) {
+	c.Context().SetBodyStream(&heldBody{bytes.NewReader(body), room}, len(body))
 }
 
 type heldBody struct {
 	*bytes.Reader
-	release func()
+	room *lease
 }
 
 // Close is called by the framework, whatever became of the answer.
 func (b *heldBody) Close() error {
-	b.release()
+	b.room.release()
 	return nil
 }

@@ -21,18 +21,37 @@ func newBudget(size int64) *budget {
 	return &budget{half: half, frames: semaphore.NewWeighted(half), pages: semaphore.NewWeighted(half)}
 }
 
+// lease is memory held for a page. It belongs to one goroutine at a time.
+type lease struct {
+	budget *budget
+	size   int64
+}
+
 // acquire waits until n bytes more may be held, for a page. What is larger than all there is waits until nothing else is
 // held.
-func (b *budget) acquire(ctx context.Context, n int) (release func(), err error) {
+func (b *budget) acquire(ctx context.Context, n int) (*lease, error) {
 	size := min(int64(n), b.half)
 	if err := b.pages.Acquire(ctx, size); err != nil {
 		return nil, err
 	}
 	b.held.Add(size)
-	return func() {
-		b.held.Add(-size)
-		b.pages.Release(size)
-	}, nil
+	return &lease{b, size}, nil
+}
+
+// shrink gives back what is more than n bytes.
+func (l *lease) shrink(n int) {
+	if more := l.size - int64(n); more > 0 {
+		l.size -= more
+		l.budget.held.Add(-more)
+		l.budget.pages.Release(more)
+	}
+}
+
+// release gives all back; nil and what was released are let through.
+func (l *lease) release() {
+	if l != nil {
+		l.shrink(0)
+	}
 }
 
 // share is how large a page of a stream that catches up should be: small where many are sent at a time.

@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -95,7 +96,8 @@ func TestBudget(t *testing.T) {
 		t.Errorf("the frame is still in one queue, but %d bytes are held", b.held.Load())
 	}
 	f.release()
-	giant()
+	giant.release()
+	giant.release()
 	if b.held.Load() != 0 || b.share(1<<20) != leastPage {
 		t.Errorf("%d bytes are held, a share is %d", b.held.Load(), b.share(1<<20))
 	}
@@ -125,4 +127,54 @@ func TestLeavingGivesMemoryBack(t *testing.T) {
 	if n := h.memory.held.Load(); n != 0 {
 		t.Errorf("%d bytes are held for nobody", n)
 	}
+}
+
+// TestGiantDocuments: documents larger than the memory for pages come one at a time, whoever asks; open streams share a
+// giant frame and don't read it from the log.
+func TestGiantDocuments(t *testing.T) {
+	t.Parallel()
+	e := newEnv(t, setup{options: func(o *Options) { o.SendMemory = 8 << 20 }})
+	a := tokenFor(t, "a", nil)
+	since := e.here(t, a)
+	const live = 5
+	var all sync.WaitGroup
+	follow := func(s *stream) {
+		all.Go(func() {
+			for n := 1; n <= 3; {
+				f, err := s.read()
+				if err != nil {
+					t.Errorf("before document %d: %v", n, err)
+					return
+				}
+				if f.Type != "" {
+					continue
+				}
+				if f.DocID != fmt.Sprint(n) || len(f.Data) < 3<<20 {
+					t.Errorf("document %s of %d bytes, want %d", f.DocID, len(f.Data), n)
+				}
+				n++
+			}
+		})
+	}
+	for range live {
+		follow(e.live(t, a, ""))
+	}
+	for i := 1; i <= 3; i++ {
+		e.exec(t, `INSERT INTO todos VALUES ($1, 'a', NULL, repeat('x', 3 << 20))`, i)
+		e.sync(t)
+	}
+	all.Wait()
+	if m := string(e.get(t, "/metrics", "").body); !strings.Contains(m, fmt.Sprintf("walgate_stream_catch_up_total %d\n", live)) {
+		t.Error("a stream went on from the log for a giant document")
+	}
+	for range live {
+		follow(e.subscribe(t, a, since, ""))
+		all.Go(func() {
+			if n := len(e.pull(t, a, since, "limit", "3").Changes); n == 0 {
+				t.Error("an empty page")
+			}
+		})
+	}
+	all.Wait()
+	eventually(t, "the memory is given back", func() bool { return e.g.memory.held.Load() == 0 })
 }

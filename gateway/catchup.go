@@ -17,7 +17,7 @@ func (s *session) catchUp(ctx context.Context) error {
 	s.sent = max(s.sent, s.sub.reached(0))
 	until := changelog.Version(0) // once live: where the queue begins
 	for {
-		p, release, err := s.g.readPage(ctx, changelog.Request{Scopes: s.sub.feed.scopes, Since: s.sent, Until: until, Limit: catchUpPage, MaxBytes: s.g.memory.share(catchUpBytes)})
+		p, room, err := s.g.readPage(ctx, changelog.Request{Scopes: s.sub.feed.scopes, Since: s.sent, Until: until, Limit: catchUpPage, MaxBytes: s.g.memory.share(catchUpBytes)})
 		if err != nil {
 			return err
 		}
@@ -26,14 +26,14 @@ func (s *session) catchUp(ctx context.Context) error {
 			since = s.since
 		}
 		if r := s.sub.feed.check(since, &p.Head); r != nil {
-			release()
+			room.release()
 			return s.resyncClosing(r)
 		}
 		if err = s.sub.feed.usable(&p.Head); err == nil {
 			s.history = p.Head.History
 			err = s.sendPage(p)
 		}
-		release()
+		room.release()
 		if err != nil {
 			return err
 		}

@@ -162,11 +162,11 @@ func (x *export) drop(ctx context.Context) {
 // tombstones adds what was deleted for the caller between its since and L.
 func (x *export) tombstones(ctx context.Context) error {
 	for x.cur.Tombstones < x.cur.Last && !x.full() {
-		p, release, err := x.g.readPage(ctx, changelog.Request{Scopes: x.feed.scopes, Since: x.cur.Tombstones, Until: x.cur.Last, Limit: min(pullMost, x.rows-x.fetched), MaxBytes: x.g.limits.page})
+		p, room, err := x.g.readPage(ctx, changelog.Request{Scopes: x.feed.scopes, Since: x.cur.Tombstones, Until: x.cur.Last, Limit: min(pullMost, x.rows-x.fetched), MaxBytes: x.g.limits.page})
 		if err != nil {
 			return err
 		}
-		release() // what becomes of it is a few bytes each
+		room.release() // what becomes of it is a few bytes each
 		if x.feed.check(changelog.Cursor{Version: x.cur.Tombstones, History: x.cur.History}, &p.Head) != nil {
 			return &Problem{Code: CursorExpired, Detail: "the log no longer reaches back to where the resync began"}
 		}

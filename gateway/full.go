@@ -149,11 +149,11 @@ func (g *Gateway) fullPage(ctx context.Context, c *fiber.Ctx, f *feed, r fullReq
 		return err
 	}
 	enc.header(c)
-	keep, err := g.memory.acquire(ctx, len(body)) // while the resync's place is held: what waits is bounded by the places
+	room, err := g.memory.acquire(ctx, len(body)) // while the resync's place is held: what waits is bounded by the places
 	if err != nil {
 		return err
 	}
-	sendHeld(c, body, keep)
+	sendHeld(c, body, room)
 	return nil
 }
 

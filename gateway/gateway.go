@@ -222,25 +222,43 @@ func (g *Gateway) logProblem(err error) error {
 	return (&Problem{Code: LogUnavailable}).Because(err)
 }
 
-// readPage reads the log once a reader's place is free, and returns when there is memory for the page and its encoding. The
-// place is kept until then: what was read and has no memory yet is bounded by the places.
-func (g *Gateway) readPage(ctx context.Context, r changelog.Request) (p *changelog.Page, release func(), err error) {
-	leave, err := g.admitReader(ctx)
+// readPage reads the log once there is memory for a page and its encoding, and a reader's place.
+func (g *Gateway) readPage(ctx context.Context, r changelog.Request) (*changelog.Page, *lease, error) {
+	r.Largest = max(r.MaxBytes, leastPage)
+	for {
+		room, err := g.memory.acquire(ctx, 2*r.Largest)
+		if err != nil {
+			if g.draining.Load() {
+				err = (&Problem{Code: ShuttingDown}).Because(err)
+			}
+			return nil, nil, err
+		}
+		p, err := g.readAdmitted(ctx, r)
+		if err != nil {
+			room.release()
+			return nil, nil, err
+		}
+		if p.Withheld == 0 {
+			size := 0
+			for i := range p.Entries {
+				size += 2*len(p.Entries[i].Data) + 512
+			}
+			room.shrink(size)
+			return p, room, nil
+		}
+		room.release() // giant documents wait for their turn before they are read
+		r.Largest = p.Withheld
+	}
+}
+
+// readAdmitted reads the log once a reader's place is free.
+func (g *Gateway) readAdmitted(ctx context.Context, r changelog.Request) (*changelog.Page, error) {
+	release, err := g.admitReader(ctx)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	defer leave()
-	if p, err = g.read(ctx, r); err != nil {
-		return nil, nil, err
-	}
-	size := 0
-	for i := range p.Entries {
-		size += 2*len(p.Entries[i].Data) + 512
-	}
-	if release, err = g.memory.acquire(ctx, size); err != nil && g.draining.Load() {
-		err = (&Problem{Code: ShuttingDown}).Because(err)
-	}
-	return p, release, err
+	defer release()
+	return g.read(ctx, r)
 }
 
 // admitReader bounds how many read the log at a time, so that a storm of clients after a restart queues here instead of in

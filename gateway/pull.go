@@ -131,42 +131,42 @@ func (g *Gateway) pull(c *fiber.Ctx) error {
 	}
 	ctx, cancel := context.WithTimeout(g.working, r.wait+readMost)
 	defer cancel()
-	body, n, release, err := g.pullPage(ctx, feed, r)
+	body, n, room, err := g.pullPage(ctx, feed, r)
 	if err != nil {
 		return err
 	}
 	g.metrics.pullChanges.Add(float64(n))
 	c.Set(fiber.HeaderContentType, fiber.MIMEApplicationJSON)
 	c.Set(fiber.HeaderCacheControl, "no-store")
-	sendHeld(c, body, release)
+	sendHeld(c, body, room)
 	return nil
 }
 
-// pullPage reads one page; with wait it reads again when something may have come. release gives the page's memory back.
-func (g *Gateway) pullPage(ctx context.Context, f *feed, r pullRequest) (body []byte, changes int, release func(), err error) {
+// pullPage reads one page; with wait it reads again when something may have come. room is what the body holds.
+func (g *Gateway) pullPage(ctx context.Context, f *feed, r pullRequest) (body []byte, changes int, room *lease, err error) {
 	deadline := time.Now().Add(r.wait)
 	since := r.since
 	for {
-		p, release, err := g.readPage(ctx, changelog.Request{Scopes: f.scopes, Since: since.Version, Until: r.until, Limit: r.limit, MaxBytes: g.limits.page})
+		p, room, err := g.readPage(ctx, changelog.Request{Scopes: f.scopes, Since: since.Version, Until: r.until, Limit: r.limit, MaxBytes: g.limits.page})
 		if err != nil {
 			return nil, 0, nil, err
 		}
 		if err := f.usable(&p.Head); err != nil {
-			release()
+			room.release()
 			return nil, 0, nil, err
 		}
 		if rs := f.check(r.since, &p.Head); rs != nil {
 			g.metrics.resyncs.Inc()
 			names, _ := json.Marshal(rs.Collections) // strings
-			return fmt.Appendf(nil, `{"full_resync_required":true,"collections":%s,"reason":%q}`, names, rs.Reason), 0, release, nil
+			return fmt.Appendf(nil, `{"full_resync_required":true,"collections":%s,"reason":%q}`, names, rs.Reason), 0, room, nil
 		}
 		list := lastStates(f.judge(p.Entries, &p.Head, g.policyFailed))
 		if len(list) > 0 || p.More || r.until != 0 {
-			return appendPage(f, p, list), len(list), release, nil
+			return appendPage(f, p, list), len(list), room, nil
 		}
-		release() // while it waits it holds nothing
+		room.release() // while it waits it holds nothing
 		if !g.waitForChange(ctx, f, p.Last, deadline) {
-			return appendPage(f, p, list), 0, func() {}, nil
+			return appendPage(f, p, list), 0, nil, nil
 		}
 		since.Version = p.Last // what lies before is nothing that the caller may see
 	}

@@ -81,14 +81,15 @@ func (s *subscriber) wants(v changelog.Version) bool {
 }
 
 // pend adds the change at v of transaction tx; true if it is the first of it in this round. A frame without room ends the
-// live path.
+// live path, and so does one that doesn't fit, but for one alone: reading it from the log would copy it for each stream.
 func (s *subscriber) pend(f frame, v, tx changelog.Version) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	first := len(s.pending) == 0
 	s.tx = tx
+	waiting := s.size + s.held
 	s.held += len(f.data)
-	if f.room == nil || s.size+s.held > s.limit {
+	if f.room == nil || waiting+len(f.data) > s.limit && (waiting > 0 || s.limit == 0) {
 		s.overflowLocked()
 		return false
 	}
