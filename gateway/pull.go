@@ -23,11 +23,12 @@ const (
 
 // pullRequest is the query of GET /sync/pull.
 type pullRequest struct {
-	since       changelog.Cursor
-	until       changelog.Version
-	collections []string
-	limit       int
-	wait        time.Duration
+	since        changelog.Cursor
+	until        changelog.Version
+	untilHistory string // empty: not said
+	collections  []string
+	limit        int
+	wait         time.Duration
 }
 
 func parsePull(c *fiber.Ctx) (r pullRequest, err error) {
@@ -42,9 +43,7 @@ func parsePull(c *fiber.Ctx) (r pullRequest, err error) {
 		if err != nil {
 			return r, &Problem{Code: InvalidSince, Detail: "until is " + err.Error(), Errors: []FieldError{{"until", err.Error()}}}
 		}
-		if until.History != "" && r.since.History != "" && until.History != r.since.History {
-			return r, &Problem{Code: InvalidSince, Detail: "until is of another history than since", Errors: []FieldError{{"until", "of another history than since"}}}
-		}
+		r.untilHistory = until.History // judged after since, which may be what is out of date
 		// A resync's position may lie below an older one (its snapshot missed a commit that was logged already): nothing lies
 		// between them, so the page is empty.
 		r.until = max(until.Version, r.since.Version, 1) // 0 would mean the newest
@@ -159,6 +158,10 @@ func (g *Gateway) pullPage(ctx context.Context, f *feed, r pullRequest) (body []
 			g.metrics.resyncs.Inc()
 			names, _ := json.Marshal(rs.Collections) // strings
 			return fmt.Appendf(nil, `{"full_resync_required":true,"collections":%s,"reason":%q}`, names, rs.Reason), 0, room, nil
+		}
+		if r.untilHistory != "" && r.untilHistory != p.Head.History {
+			room.release()
+			return nil, 0, nil, &Problem{Code: InvalidSince, Detail: "until is of another history than since", Errors: []FieldError{{"until", "of another history than since"}}}
 		}
 		list := lastStates(f.judge(p.Entries, &p.Head, g.policyFailed))
 		if len(list) > 0 || p.More || r.until != 0 {

@@ -285,6 +285,9 @@ func TestSince(t *testing.T) {
 	continues(a, "0", "upsert todos/1") // the log reaches back to the collections' beginning
 	resync(admin, "0", "vault", "too_old")
 	continues(admin, "0", "upsert todos/1", "collections", "todos,news")
+	if p := e.pull(t, a, c.Version.Text(other), "until", last); !p.Resync || p.Reason != "history_changed" { // the other collections were resynchronised in the new history
+		t.Errorf("until of a newer history than since: %+v", p)
+	}
 	continues(a, last, "")
 	continues(a, version, "")
 	continues(a, fmt.Sprint(int64(c.Version)), "")
@@ -317,7 +320,7 @@ func TestSince(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 	for _, until := range []string{"x", c.Version.Text(other)} {
-		e.get(t, "/sync/pull?"+query("since", last, "until", until), a).problem(t, InvalidSince)
+		e.get(t, "/sync/pull?"+query("since", last, "until", until, "collections", "news,notes"), a).problem(t, InvalidSince)
 	}
 	// A resync may end below the position of the other collections: nothing lies between.
 	if p := e.pull(t, a, last, "until", "1"); len(p.Changes) != 0 || p.HasMore {

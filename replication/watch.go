@@ -2,6 +2,7 @@ package replication
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/walgate/walgate/internal/failpoint"
@@ -29,8 +31,6 @@ type Definitions struct {
 	// can't be followed.
 	Impaired map[string]string
 	shapes   string
-	// unjoined says that tables may still have to join the publication.
-	unjoined bool
 }
 
 // Watcher follows the source's catalog and keeps the policies compiled against it. Safe for concurrent use.
@@ -43,6 +43,7 @@ type Watcher struct {
 	every        time.Duration
 	log          *slog.Logger
 
+	joined   string // shapes at which nothing had to join any more; Run's
 	loading  sync.Mutex
 	current  atomic.Pointer[Definitions]
 	mu       sync.Mutex
@@ -86,7 +87,12 @@ func (w *Watcher) Run(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		if _, err := w.refresh(ctx, w.autoInit); err == nil {
+		if w.autoInit {
+			if err := w.join(ctx); err != nil && ctx.Err() == nil {
+				w.log.Warn("a changed table could not join the publication; trying again", "error", err)
+			}
+		}
+		if _, err := w.refresh(ctx); err == nil {
 			w.tell()
 		} else if ctx.Err() == nil {
 			w.log.Warn("the source's catalog can't be read; trying again", "error", err)
@@ -96,7 +102,7 @@ func (w *Watcher) Run(ctx context.Context) error {
 
 // Reload reads the catalog now and, where it changed, compiles anew and calls everybody who asked.
 func (w *Watcher) Reload(ctx context.Context) error {
-	changed, err := w.refresh(ctx, false)
+	changed, err := w.refresh(ctx)
 	if err == nil && changed {
 		w.tell()
 	}
@@ -114,7 +120,7 @@ func (w *Watcher) tell() {
 }
 
 // refresh reads the catalog and says whether it changed.
-func (w *Watcher) refresh(ctx context.Context, join bool) (changed bool, err error) {
+func (w *Watcher) refresh(ctx context.Context) (changed bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	w.loading.Lock()
@@ -124,21 +130,10 @@ func (w *Watcher) refresh(ctx context.Context, join bool) (changed bool, err err
 		return false, err
 	}
 	old := w.current.Load()
-	if old != nil && old.shapes == shapes(cat) && !(join && (old.unjoined || len(old.Stopped) > 0)) {
+	if old != nil && old.shapes == shapes(cat) {
 		return false, nil
 	}
-	d := &Definitions{}
-	if w.autoInit {
-		d.unjoined = true
-		if join {
-			var failed error
-			if cat, failed = w.join(ctx, cat); failed != nil {
-				w.log.Warn("a changed table could not join the publication; trying again", "error", failed)
-			}
-			d.unjoined = failed != nil
-		}
-	}
-	d.Catalog, d.shapes = cat, shapes(cat)
+	d := &Definitions{Catalog: cat, shapes: shapes(cat)}
 	d.Set, d.Stopped = w.compileWhatCan(cat)
 	d.Impaired = impaired(d.Set, w.pool.Config().ConnConfig.User)
 	w.current.Store(d)
@@ -178,24 +173,31 @@ func (w *Watcher) loadCatalog(ctx context.Context) (cat *schema.Catalog, err err
 	return cat, err
 }
 
-// join lets tables and leaves that the catalog now has join the publication.
-func (w *Watcher) join(ctx context.Context, cat *schema.Catalog) (*schema.Catalog, error) {
-	set := w.compilable(cat)
+// join lets tables and leaves that the catalog now has join the publication. It belongs to Run and holds no lock of the
+// watcher: it may wait for a full resync that reads the table, that one for the log, and the log's stream for the catalog.
+func (w *Watcher) join(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	cat, err := w.loadCatalog(ctx)
+	if err != nil {
+		return nil // refresh is about to say so
+	}
+	now := shapes(cat)
+	if now == w.joined && len(w.Current().Stopped) == 0 {
+		return nil
+	}
 	conn, err := w.pool.Acquire(ctx)
 	if err != nil {
-		return cat, err
+		return err
 	}
 	defer conn.Release()
-	done, err := Join(ctx, conn.Conn(), w.publications, set, cat)
-	if err != nil || len(done) == 0 {
-		return cat, err
+	done, err := Join(ctx, conn.Conn(), w.publications, w.compilable(cat), cat)
+	if len(done) > 0 {
+		w.log.Info("tables joined the publication", "steps", strings.Join(done, "; "))
+	} else if err == nil {
+		w.joined = now
 	}
-	w.log.Info("tables joined the publication", "steps", strings.Join(done, "; "))
-	joined, err := w.loadCatalog(ctx)
-	if err != nil {
-		return cat, err
-	}
-	return joined, nil
+	return err
 }
 
 // compilable compiles the collections that the catalog allows, published or not.
@@ -221,16 +223,24 @@ func collectionOf(f policies.Fault, specs map[string]policies.Spec) string {
 	return name
 }
 
+// planAttempts is how often Join plans anew because somebody else altered the publication meanwhile.
+const planAttempts = 3
+
 // Join brings publication and replica identities to what the set needs and returns what it did.
-func Join(ctx context.Context, conn *pgx.Conn, p schema.Publications, set *policies.Set, cat *schema.Catalog) ([]string, error) {
-	steps, err := PlanFor(ctx, conn, p, set, cat)
-	var done []string
-	for _, s := range steps {
-		failpoint.Here(failpoint.TableJoins)
-		if err := schema.Execute(ctx, conn, s); err != nil {
-			return done, err
+func Join(ctx context.Context, conn *pgx.Conn, p schema.Publications, set *policies.Set, cat *schema.Catalog) (done []string, err error) {
+	for range planAttempts {
+		var steps []schema.Step
+		steps, err = PlanFor(ctx, conn, p, set, cat)
+		for i := 0; i < len(steps) && err == nil; i++ {
+			failpoint.Here(failpoint.TableJoins)
+			if err = schema.Execute(ctx, conn, steps[i]); err == nil {
+				done = append(done, steps[i].What)
+			}
 		}
-		done = append(done, s.What)
+		var pg *pgconn.PgError
+		if !errors.As(err, &pg) || pg.Code != "42710" && pg.Code != "42704" { // duplicate_object, undefined_object
+			break
+		}
 	}
 	return done, err
 }
