@@ -154,16 +154,28 @@ func (g *Gateway) drain() {
 	g.stop()
 	ended := make(chan struct{})
 	go func() { g.streams.Wait(); close(ended) }()
-	timer := time.NewTimer(g.o.Drain)
-	defer timer.Stop()
-	select {
-	case <-ended:
-	case <-timer.C:
+	if !within(g.o.Drain, ended) {
 		g.o.Logger.Warn("clients were still connected when the drain time was over", "streams", g.open.Load())
 	}
-	defer g.cut()
 	if err := g.app.ShutdownWithTimeout(g.o.Drain); err != nil && !errors.Is(err, net.ErrClosed) {
 		g.o.Logger.Warn("requests were cut off when the drain time was over", "error", err)
+	}
+	g.cut()
+	within(afterCut, ended)
+}
+
+// afterCut is how long what was cut off may take to notice.
+const afterCut = 2 * time.Second
+
+// within says whether done was closed within d.
+func within(d time.Duration, done <-chan struct{}) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-done:
+		return true
+	case <-timer.C:
+		return false
 	}
 }
 

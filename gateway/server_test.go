@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/walgate/walgate/changelog"
 	"github.com/walgate/walgate/policies"
@@ -202,6 +203,32 @@ func TestDraining(t *testing.T) {
 		t.Errorf("%d %s", r.status, r.body)
 	}
 	e.g.draining.Store(false)
+}
+
+// TestDrainCutsOff: clients that stand still, on a stream and in a full resync, delay a stop by the drain time and no more,
+// and nothing of them goes on afterwards.
+func TestDrainCutsOff(t *testing.T) {
+	t.Parallel()
+	e := newEnv(t, setup{options: func(o *Options) { o.Drain = 300 * time.Millisecond }})
+	a := tokenFor(t, "a", nil)
+	e.exec(t, `INSERT INTO todos SELECT i, 'a', NULL, repeat(md5(i::text), 4096) FROM generate_series(1, 300) i`)
+	e.sync(t)
+	e.subscribe(t, a, "0", "")
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, e.base+"/sync/full?limit=all&collections=todos", nil)
+	ok(t, err)
+	req.Header.Set("Authorization", "Bearer "+a)
+	res, err := e.client.Do(req)
+	ok(t, err)
+	defer res.Body.Close()
+	eventually(t, "both hold memory or stand still", func() bool { return e.g.open.Load() == 1 && e.g.memory.held.Load() > 0 })
+	e.stop()
+	<-e.ended
+	if n := e.g.open.Load(); n != 0 {
+		t.Errorf("%d streams are open after the stop", n)
+	}
+	if body, err := io.ReadAll(res.Body); err == nil {
+		t.Errorf("a resync that was cut off ended well, after %d bytes", len(body))
+	}
 }
 
 // TestNotStarted: before the log's first leader, clients are told to come again.

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bufio"
+	"context"
 	"encoding/base64"
 	"io"
 	"net"
@@ -106,6 +107,7 @@ func (g *Gateway) stream(ws *websocket.Conn, out *outlet, id, token string) {
 	defer g.streams.Done()
 	defer g.open.Add(-1)
 	defer out.Close()
+	defer context.AfterFunc(g.working, func() { out.Close() })() // also where a write stands still
 	defer func() {
 		if r := recover(); r != nil {
 			g.o.Logger.Error("a stream ended by a panic; please report it", "panic", r, "stack", string(debug.Stack()))
