@@ -109,7 +109,7 @@ func drain(ctx context.Context, b *bench, count int, r result, write func(*datab
 // backendsCPU returns the processor times of PostgreSQL's processes for walgate: the one that sends the WAL, and the busiest
 // of the others, which writes the log.
 func (d *database) backendsCPU(ctx context.Context) (sender, writer time.Duration, err error) {
-	rows, err := d.Query(ctx, "SELECT pid, backend_type = 'walsender' FROM pg_stat_activity WHERE application_name = 'walgate' AND datname = $1", d.name)
+	rows, err := d.Query(ctx, "SELECT pid, backend_type = 'walsender' FROM pg_stat_activity WHERE application_name LIKE 'walgate%' AND datname = $1", d.name)
 	if err != nil {
 		return 0, 0, err
 	}
