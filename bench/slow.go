@@ -14,6 +14,10 @@ import (
 // slowOwners are the scopes that slow readers share: each change is for one of them.
 const slowOwners = 100
 
+// slowRowsSQL makes rows of more than a kilobyte: the kernel alone holds several hundred of the usual ones for each socket.
+const slowRowsSQL = `INSERT INTO items (owner, title, body)
+	SELECT i %% %d, 'Item "' || i || '" of this owner', repeat(md5(i::text), 32) FROM generate_series(%d, %d) AS i`
+
 // runSlow lets changes pass while live sockets stand still, half as many as the largest fan-out has, and then reads them
 // all. Then as many subscribe from the beginning and stand still while they catch up. The sockets take next to nothing
 // by themselves, so that it is walgate that must do something about them.
@@ -84,7 +88,7 @@ func (s *slowReaders) standStillLive(ctx context.Context) (r result, err error) 
 	}
 	began := time.Now()
 	for from := 1; from <= s.changes; from += slowOwners {
-		if _, err := d.Exec(ctx, fmt.Sprintf(rowsSQL, slowOwners, from, from+slowOwners-1)); err != nil {
+		if _, err := d.Exec(ctx, fmt.Sprintf(slowRowsSQL, slowOwners, from, from+slowOwners-1)); err != nil {
 			return r, err
 		}
 	}
