@@ -17,7 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-const ddlWait = 40 * time.Second // far above what anything here takes, but for a fault
+const ddlWait = 90 * time.Second // far above what anything here takes, but for a fault
 
 // ddlOutcome is what a change of a table means to the clients of its collection.
 type ddlOutcome int
@@ -71,7 +71,7 @@ type ddlGateway struct {
 func startDDLGateway(t *testing.T, app, url string, autoInit bool, cases []ddlCase, install func(path string)) *ddlGateway {
 	t.Helper()
 	conn := connect(t, app)
-	collections := "  witness: {table: public.witness}\n  sentinel: {table: public.sentinel}\n"
+	collections := "  a_witness: {table: public.witness}\n  sentinel: {table: public.sentinel}\n"
 	resyncExec(t, conn, `CREATE TABLE witness (id int PRIMARY KEY); CREATE TABLE sentinel (id int PRIMARY KEY)`)
 	for _, c := range cases {
 		create := c.create
@@ -86,12 +86,12 @@ func startDDLGateway(t *testing.T, app, url string, autoInit bool, cases []ddlCa
 		collections += "}\n"
 	}
 	process, config := newGatewayProcess(t, fmt.Sprintf(`auto_init: %t
-database: {url: %q}
+database: {url: %q, pool_size: 36}
 replication: {slot: %s}
-catalog: {poll_interval: 100ms}
+catalog: {poll_interval: 200ms}
 http: {listen: "127.0.0.1:%%[1]d"}
 auth: {jwt: {secret: %%[2]q}}
-limits: {requests_per_second: 1000000, burst: 1000000, full_concurrency: 8, drain: 1s, stream_connections_per_subject: 1000}
+limits: {requests_per_second: 1000000, burst: 1000000, full_concurrency: 16, drain: 1s, stream_connections_per_subject: 1000}
 log: {level: info, format: text}
 collections:
 %s`, autoInit, url, slotOf(t, conn), collections))
@@ -105,7 +105,7 @@ collections:
 		t.Fatal(err)
 	}
 	t.Cleanup(g.client.CloseIdleConnections)
-	resyncEventually(t, "the gateway answers", func() bool { return g.get(t, "/sync/full?limit=1&collections=witness").status == http.StatusOK })
+	resyncEventually(t, "the gateway answers", func() bool { return g.get(t, "/sync/full?limit=1&collections=a_witness").status == http.StatusOK })
 	return g
 }
 
@@ -187,7 +187,7 @@ func (a *application) run(ctx context.Context, conn *pgx.Conn, c ddlCase) {
 		write = ddlWrite
 	}
 	statements := strings.Split(c.sql(write), "\n")
-	tick := time.NewTicker(60 * time.Millisecond)
+	tick := time.NewTicker(200 * time.Millisecond)
 	defer tick.Stop()
 	for i := 0; ; i++ {
 		for _, sql := range statements {
@@ -264,7 +264,7 @@ func (g *ddlGateway) play(ctx context.Context, c ddlCase, conn *pgx.Conn, app *a
 	}
 	goesOn := func() error { // the application still writes, in vain or not
 		from := app.writes.Load()
-		return eventually(ctx, "the application goes on writing", func() bool { return c.quiet || app.writes.Load() > from+6 })
+		return eventually(ctx, "the application goes on writing", func() bool { return c.quiet || app.writes.Load() > from+2 })
 	}
 	first, err := c.oracle(ctx, conn)
 	if err != nil {
@@ -389,7 +389,7 @@ func (g *ddlGateway) witness(ctx context.Context) (took []time.Duration, err err
 		return nil, err
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
-	client, stop := g.newClient(context.WithoutCancel(ctx), "witness", true)
+	client, stop := g.newClient(context.WithoutCancel(ctx), "a_witness", true)
 	if err := eventually(ctx, "the witness has begun", func() bool { return client.snapshot().cursor != "" }); err != nil {
 		return nil, errors.Join(err, stop())
 	}

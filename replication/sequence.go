@@ -44,6 +44,7 @@ type sequencer struct {
 	skipping bool          // the present transaction is logged already
 	widen    xidWidener
 	inTx     bool
+	ends     changelog.LSN // of the present transaction's commit record
 	millis   int64
 	xid      uint64
 	tx       changelog.Version // version of the first change, 0: none yet
@@ -71,7 +72,7 @@ type deletedRow struct {
 }
 
 func (s *sequencer) begin(m *message) {
-	s.inTx, s.tx, s.fence = true, 0, false
+	s.inTx, s.tx, s.fence, s.ends = true, 0, false, m.begins
 	s.skipping = m.begins < s.logged // its commit record lies before, so it ends at or before
 	s.millis = m.commit.UnixMilli()
 	s.xid = s.widen.widen(m.xid)

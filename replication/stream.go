@@ -272,7 +272,7 @@ func (s *stream) handle(ctx context.Context, data []byte) error {
 func (s *stream) located(at changelog.LSN, err error) error {
 	var lost *DecodeError
 	var broken *appendFailure
-	if errors.As(err, &lost) || errors.As(err, &broken) {
+	if errors.As(err, &lost) || errors.As(err, &broken) || errors.Is(err, errReclaim) {
 		return err
 	}
 	name := ""
@@ -399,17 +399,17 @@ func (s *stream) relation(ctx context.Context, r *relation) error {
 	case t.stopped != "" && (!known || old == nil || old.stopped != t.stopped):
 		s.log.Error("collection stopped", "collection", t.collection.Name, "table", r.schema+"."+r.name, "reason", t.stopped)
 		s.seq.raise(changelog.Raise{Collection: t.id, SetStopped: true, Stopped: t.stopped})
-	case t.stopped == "" && known && old != nil && old.stopped != "" && !s.halts(t.id): // another partition may still be stopped
+	case t.stopped == "" && known && old != nil && old.stopped != "" && !s.halts(t.id, r.oid): // another partition may still be stopped
 		s.log.Info("collection goes on; its clients resynchronise", "collection", t.collection.Name)
 		s.seq.raise(changelog.Raise{Collection: t.id, Reason: "was stopped: " + old.stopped, SetStopped: true})
 	}
 	return nil
 }
 
-// halts says whether some relation of a collection is stopped.
-func (s *stream) halts(id int32) bool {
-	for _, t := range s.seq.targets {
-		if t != nil && t.id == id && t.stopped != "" {
+// halts says whether a relation of a collection is stopped, other than the one named.
+func (s *stream) halts(id int32, but uint32) bool {
+	for oid, t := range s.seq.targets {
+		if t != nil && oid != but && t.id == id && t.stopped != "" {
 			return true
 		}
 	}

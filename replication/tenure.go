@@ -28,7 +28,7 @@ func (t *tenure) resolve(ctx context.Context, r *relation) (*target, error) {
 	w := t.leader.o.Watcher
 	d := w.Current()
 	c := d.Set.ByTable(r.oid)
-	if c == nil || !matches(r, c.Table) {
+	if (c == nil || !matches(r, c.Table)) && !w.knows(t.stream.seq.ends) {
 		if err := w.Reload(ctx); err != nil {
 			return nil, err
 		}
@@ -43,8 +43,8 @@ func (t *tenure) resolve(ctx context.Context, r *relation) (*target, error) {
 		return nil, nil
 	}
 	out, err := t.bind(ctx, r, c, id)
-	if err == nil && out.stopped != "" {
-		t.halt(c.Name)
+	if err == nil {
+		t.halt(c.Name, out.stopped != "" || t.stream.halts(id, r.oid))
 	}
 	return out, err
 }
@@ -69,12 +69,14 @@ func (t *tenure) bind(ctx context.Context, r *relation, c *policies.Collection, 
 	return out, nil
 }
 
-// halt remembers that the stream has stopped a collection: the next look at a catalog in order lets it go on, for a table
+// halt remembers whether the stream has stopped a collection: the next look at a catalog in order lets it go on, for a table
 // that nobody writes to would never tell.
-func (t *tenure) halt(name string) {
+func (t *tenure) halt(name string, stopped bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.halted[name] = true
+	if delete(t.halted, name); stopped {
+		t.halted[name] = true
+	}
 }
 
 func (t *tenure) id(name string) (int32, bool) {
@@ -149,15 +151,16 @@ func (t *tenure) changed() {
 		for _, r := range raises {
 			o.Logger.Warn("a synced table changed", "collection_id", r.Collection, "reason", r.Reason, "stopped", r.Stopped)
 			t.stream.seq.raise(r)
-			t.renew(r.Collection)
+			t.renew(r.Collection, r.SetStopped && r.Stopped == "")
 		}
 	})
 }
 
 // renew binds a collection's relations to the catalog as it is now: a type may have changed without a Relation message.
-// Those that were stopped, left out or don't fit are forgotten: their next row comes after such a message; if it did not, it
-// would end the session, and the next one starts from what is there. It runs on the stream's goroutine.
-func (t *tenure) renew(id int32) {
+// Those that were left out or don't fit, and where the collection goes on those that were stopped, are forgotten: their next
+// row comes after such a message; if it did not, it would end the session, and the next one starts from what is there. It
+// runs on the stream's goroutine.
+func (t *tenure) renew(id int32, goesOn bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	set, targets := t.leader.o.Watcher.Current().Set, t.stream.seq.targets
@@ -167,6 +170,9 @@ func (t *tenure) renew(id int32) {
 			continue
 		}
 		if mine, ok := t.id(c.Name); !ok || mine != id {
+			continue
+		}
+		if old != nil && old.stopped != "" && !goesOn {
 			continue
 		}
 		delete(targets, oid)

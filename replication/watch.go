@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/walgate/walgate/changelog"
 	"github.com/walgate/walgate/internal/failpoint"
 	"github.com/walgate/walgate/policies"
 	"github.com/walgate/walgate/schema"
@@ -43,9 +44,9 @@ type Watcher struct {
 	every        time.Duration
 	log          *slog.Logger
 
-	joined   string // shapes at which nothing had to join any more; Run's
 	loading  sync.Mutex
 	current  atomic.Pointer[Definitions]
+	known    atomic.Uint64 // the catalog was read after this place of the WAL was written
 	mu       sync.Mutex
 	onChange map[int]func()
 	nextID   int
@@ -81,18 +82,21 @@ func (w *Watcher) Types() *schema.Types { return &w.types }
 func (w *Watcher) Run(ctx context.Context) error {
 	tick := time.NewTicker(w.every)
 	defer tick.Stop()
+	var joined *Definitions // all of its tables are in the publication
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
-		if w.autoInit {
-			if err := w.join(ctx); err != nil && ctx.Err() == nil {
-				w.log.Warn("a changed table could not join the publication; trying again", "error", err)
+		_, err := w.refresh(ctx)
+		if d := w.Current(); err == nil && w.autoInit && (d != joined || len(d.Stopped) > 0) {
+			if w.join(ctx, d.Catalog) {
+				joined = d
 			}
+			_, err = w.refresh(ctx)
 		}
-		if _, err := w.refresh(ctx); err == nil {
+		if err == nil {
 			w.tell()
 		} else if ctx.Err() == nil {
 			w.log.Warn("the source's catalog can't be read; trying again", "error", err)
@@ -164,8 +168,21 @@ func (w *Watcher) OnChange(f func()) (remove func()) {
 	}
 }
 
+// knows says whether the catalog was read after a place of the WAL was written: reading it again tells nothing more about a
+// layout from there.
+func (w *Watcher) knows(at changelog.LSN) bool { return uint64(at) < w.known.Load() }
+
 // loadCatalog reads everything in one snapshot: two halves of different times would hide what changed in between.
 func (w *Watcher) loadCatalog(ctx context.Context) (cat *schema.Catalog, err error) {
+	var at int64
+	if err := w.pool.QueryRow(ctx, `SELECT (pg_current_wal_insert_lsn() - '0/0')::int8`).Scan(&at); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err == nil {
+			w.known.Store(uint64(at))
+		}
+	}()
 	err = pgx.BeginTxFunc(ctx, w.pool, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
 		cat, err = schema.LoadCatalog(ctx, tx, &w.types, w.publications.Rows, TableNames(w.specs))
 		return err
@@ -173,45 +190,46 @@ func (w *Watcher) loadCatalog(ctx context.Context) (cat *schema.Catalog, err err
 	return cat, err
 }
 
-// join lets tables and leaves that the catalog now has join the publication. It belongs to Run and holds no lock of the
-// watcher: it may wait for a full resync that reads the table, that one for the log, and the log's stream for the catalog.
-func (w *Watcher) join(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	cat, err := w.loadCatalog(ctx)
-	if err != nil {
-		return nil // refresh is about to say so
-	}
-	now := shapes(cat)
-	if now == w.joined && len(w.Current().Stopped) == 0 {
-		return nil
-	}
+// joinTimeout bounds how long a table may take to join: one try for its lock. The next look tries again.
+const joinTimeout = 3 * time.Second
+
+// join lets tables and leaves that the catalog has join the publication and says whether all are in it. It holds no lock of
+// the watcher: it may wait for a full resync that reads the table, that one for the log, and the log's stream for the
+// catalog. One table that is locked doesn't hold up the others.
+func (w *Watcher) join(ctx context.Context, cat *schema.Catalog) (all bool) {
 	conn, err := w.pool.Acquire(ctx)
-	if err != nil {
-		return err
+	if err == nil {
+		defer conn.Release()
+		var steps []schema.Step
+		steps, err = PlanFor(ctx, conn.Conn(), w.publications, w.compilable(cat), cat)
+		for _, s := range steps {
+			failed := w.prepare(ctx, conn.Conn(), s)
+			err = errors.Join(err, failed)
+			if conn.Conn().IsClosed() { // a call that was given up
+				break
+			}
+		}
 	}
-	defer conn.Release()
-	done, err := Join(ctx, conn.Conn(), w.publications, w.compilable(cat), cat)
-	if len(done) > 0 {
-		w.log.Info("tables joined the publication", "steps", strings.Join(done, "; "))
-	} else if err == nil {
-		w.joined = now
+	if err != nil && ctx.Err() == nil {
+		w.log.Warn("a changed table could not join the publication; trying again", "error", err)
+	}
+	return err == nil
+}
+
+func (w *Watcher) prepare(ctx context.Context, conn *pgx.Conn, s schema.Step) error {
+	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
+	defer cancel()
+	err := schema.ExecuteOnce(ctx, conn, s)
+	if err == nil {
+		w.log.Info("prepared the source", "step", s.What)
 	}
 	return err
 }
 
 // compilable compiles the collections that the catalog allows, published or not.
 func (w *Watcher) compilable(cat *schema.Catalog) *policies.Set {
-	specs := maps.Clone(w.specs)
-	for {
-		set, faults := compile(specs, cat)
-		if len(faults) == 0 {
-			return set
-		}
-		for _, f := range faults {
-			delete(specs, collectionOf(f, specs))
-		}
-	}
+	set, _ := w.compileWhat(cat, func(*policies.Set) []policies.Fault { return nil })
+	return set
 }
 
 // collectionOf names the collection that a fault is about; a fault that names none is laid to the first one.
@@ -262,15 +280,19 @@ func compile(specs map[string]policies.Spec, cat *schema.Catalog) (*policies.Set
 	return policies.Compile(specs, cat.Table, cat.Names)
 }
 
-// compileWhatCan leaves out the collections that don't compile and says why.
+// compileWhatCan leaves out the collections that don't compile, or of which not everything arrives, and says why.
 func (w *Watcher) compileWhatCan(cat *schema.Catalog) (*policies.Set, map[string]string) {
+	return w.compileWhat(cat, func(set *policies.Set) []policies.Fault { return unpublished(set, cat.Publication) })
+}
+
+func (w *Watcher) compileWhat(cat *schema.Catalog, arrives func(*policies.Set) []policies.Fault) (*policies.Set, map[string]string) {
 	stopped := map[string]string{}
 	specs := maps.Clone(w.specs)
 	for {
 		set, faults := compile(specs, cat)
 		remedy := "undo the change of the table, or correct the collection and restart"
 		if len(faults) == 0 {
-			faults, remedy = unpublished(set, cat.Publication), "run walgate init"
+			faults, remedy = arrives(set), "run walgate init"
 		}
 		if len(faults) == 0 {
 			return set, stopped

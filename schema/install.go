@@ -178,19 +178,7 @@ const joinAttempts = 15
 func Execute(ctx context.Context, conn *pgx.Conn, s Step) error {
 	var err error
 	for attempt := range joinAttempts {
-		err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
-			if s.Locks {
-				if _, err := tx.Exec(ctx, `SET LOCAL lock_timeout = '2s'`); err != nil {
-					return err
-				}
-			}
-			for _, sql := range s.Statements {
-				if _, err := tx.Exec(ctx, sql); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
+		err = ExecuteOnce(ctx, conn, s)
 		var pg *pgconn.PgError
 		if !errors.As(err, &pg) || pg.Code != "55P03" && pg.Code != "40P01" {
 			break
@@ -201,6 +189,24 @@ func Execute(ctx context.Context, conn *pgx.Conn, s Step) error {
 		case <-time.After(time.Duration(attempt+1) * 200 * time.Millisecond):
 		}
 	}
+	return err
+}
+
+// ExecuteOnce is Execute without trying again.
+func ExecuteOnce(ctx context.Context, conn *pgx.Conn, s Step) error {
+	err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+		if s.Locks {
+			if _, err := tx.Exec(ctx, `SET LOCAL lock_timeout = '2s'`); err != nil {
+				return err
+			}
+		}
+		for _, sql := range s.Statements {
+			if _, err := tx.Exec(ctx, sql); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 	if err != nil {
 		return fmt.Errorf("%s: %w", s.What, err)
 	}
