@@ -158,7 +158,7 @@ func TestKilledBetweenAppendAndAcknowledge(t *testing.T) {
 	s.ok(start(t.Context(), conn, s.slot, s.watcher.publications))
 	appender, claimed, err := s.log.NewAppender(t.Context(), s.bus, src.claim)
 	s.ok(err)
-	tn := &tenure{leader: l, ids: map[string]changelog.Collection{}}
+	tn := &tenure{leader: l, ids: map[string]changelog.Collection{}, halted: map[string]bool{}}
 	for _, c := range claimed.Collections {
 		tn.ids[c.Name] = c
 	}
@@ -168,6 +168,7 @@ func TestKilledBetweenAppendAndAcknowledge(t *testing.T) {
 	st := &stream{conn: conn, timing: defaultTiming, queue: queue, logged: func() changelog.LSN { return changelog.LSN(silent.Load()) }, stats: s.stats, log: l.o.Logger,
 		resolve: tn.resolve, received: claimed.LSN, handed: claimed.LSN,
 		seq: &sequencer{clock: changelog.NewClock(claimed.Version), targets: map[uint32]*target{}, stats: s.stats, log: l.o.Logger, logged: claimed.LSN, widen: xidWidener{near: src.xmax}}}
+	tn.stream = st
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 2)
 	go func() { ended <- appender.Run(ctx, queue) }()

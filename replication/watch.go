@@ -219,6 +219,7 @@ func (w *Watcher) join(ctx context.Context, cat *schema.Catalog) (all bool) {
 func (w *Watcher) prepare(ctx context.Context, conn *pgx.Conn, s schema.Step) error {
 	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
 	defer cancel()
+	failpoint.Here(failpoint.TableJoins)
 	err := schema.ExecuteOnce(ctx, conn, s)
 	if err == nil {
 		w.log.Info("prepared the source", "step", s.What)
