@@ -357,9 +357,13 @@ func (l *Leader) stream(ctx context.Context, conn *pgconn.PgConn, appender *chan
 		l.o.Stats.appended(a)
 		l.o.Stats.QueueBytes.Store(int64(queue.Len()))
 	}
-	t := &tenure{leader: l, ids: map[string]changelog.Collection{}, halted: map[string]bool{}}
+	t := &tenure{leader: l, ids: map[string]changelog.Collection{}, halted: map[string]bool{}, gaps: map[string]uint64{}}
 	for _, col := range c.Collections {
 		t.ids[col.Name] = col
+	}
+	for _, raised := range c.Raised { // the claim doesn't tell why shapes differ
+		name, _, _ := strings.Cut(raised, ": ")
+		t.gaps[name] = 0
 	}
 	s := &stream{
 		conn: conn, timing: l.o.timing, queue: queue, logged: appender.Logged, stats: l.o.Stats, log: l.o.Logger, resolve: t.resolve,

@@ -78,3 +78,34 @@ func TestSynchronousStandbyIsRefused(t *testing.T) {
 	s.exec(`INSERT INTO items VALUES (2)`)
 	s.settle()
 }
+
+// TestPublicationGapOfAnOpenTransaction: a transaction that is open while its table is out of the publication ends after the
+// gap was noticed, without the changes of the gap.
+func TestPublicationGapOfAnOpenTransaction(t *testing.T) {
+	t.Parallel()
+	s := newSource(t, setup{before: itemsTable, specs: itemsSpec(), every: 20 * time.Millisecond})
+	s.exec(`INSERT INTO items VALUES (1), (2)`)
+	before := s.settle().Version
+	s.exec(`ALTER PUBLICATION walgate DROP TABLE items`)
+	open := s.connect()
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := open.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec(`BEGIN; DELETE FROM items WHERE id = 1`)
+	s.exec(`ALTER PUBLICATION walgate ADD TABLE items`)
+	noticed := s.awaitRaise("items", before).Floor
+	s.await("the collection goes on", func() bool { return s.collection("items").Stopped == "" })
+	exec(`INSERT INTO items VALUES (3); COMMIT`)
+	committed := s.settle().Version
+	if c := s.awaitRaise("items", max(noticed, committed-1)); !strings.Contains(c.FloorReason, "transactions were open") {
+		t.Errorf("the floor rose because %s", c.FloorReason)
+	}
+	s.exec(`INSERT INTO items VALUES (4)`)
+	last := s.settle().Version
+	if floor := s.collection("items").Floor; floor >= last {
+		t.Errorf("the floor %d rises again and again past %d", floor, last)
+	}
+}

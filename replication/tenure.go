@@ -19,6 +19,7 @@ type tenure struct {
 	mu     sync.Mutex
 	ids    map[string]changelog.Collection // what the log has stored, by name
 	halted map[string]bool                 // collections that the stream has stopped at a Relation message
+	gaps   map[string]uint64               // collections whose place in the publication changed while transactions below this xid ran
 }
 
 // resolve makes a target of a Relation message; nil where no collection wants its rows. It runs on the stream's goroutine.
@@ -132,6 +133,7 @@ func (t *tenure) changed() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	raises, other := t.compare(o.Watcher.Current())
+	raises = append(raises, t.closeGaps(ctx)...)
 	if other != "" {
 		t.stream.post(0, func() {
 			t.stream.failed = fmt.Errorf("collection %s compiles to another policy since its table changed: %w", other, errReclaim)
@@ -202,6 +204,9 @@ func (t *tenure) compare(d *Definitions) (raises []changelog.Raise, other string
 		if !c.Table.KeepsShape(stored.Shape) {
 			r.Reason = "the table's shape changed"
 		}
+		if !c.Table.KeepsPublication(stored.Shape) {
+			t.gaps[c.Name] = 0
+		}
 		if stored.Stopped != "" {
 			r.Reason, r.SetStopped = "was stopped: "+stored.Stopped, true
 		} else if healed {
@@ -222,4 +227,31 @@ func (t *tenure) compare(d *Definitions) (raises []changelog.Raise, other string
 		}
 	}
 	return raises, ""
+}
+
+// closeGaps raises floors a second time. Who alters a publication waits for no writer: a transaction that is open meanwhile
+// may lack changes in the stream, and ends after the first raise. Once all that were open then have ended, no more can be missing.
+func (t *tenure) closeGaps(ctx context.Context) (raises []changelog.Raise) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.gaps) == 0 {
+		return nil
+	}
+	var oldest, next int64 // of those that run, and of those to come
+	err := t.leader.o.Source.QueryRow(ctx, `SELECT pg_snapshot_xmin(s)::text::int8, pg_snapshot_xmax(s)::text::int8 FROM pg_current_snapshot() AS s`).Scan(&oldest, &next)
+	if err != nil {
+		return nil // with the next look
+	}
+	for name, below := range t.gaps {
+		switch {
+		case below == 0 && oldest == next: // none is open: the first raise covers all
+			delete(t.gaps, name)
+		case below == 0:
+			t.gaps[name] = uint64(next)
+		case uint64(oldest) >= below:
+			delete(t.gaps, name)
+			raises = append(raises, changelog.Raise{Collection: t.ids[name].ID, Reason: "the publication changed while transactions were open"})
+		}
+	}
+	return raises
 }

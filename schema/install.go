@@ -83,10 +83,14 @@ func Plan(p Publications, cat *Catalog, exists map[string]bool, wanted []Synced,
 		steps = append(steps, Step{What: "create publication " + p.Events, Statements: []string{
 			fmt.Sprintf("CREATE PUBLICATION %s WITH (publish = 'insert')", ident(p.Events))}})
 	}
+	in := map[uint32]bool{}
+	for _, t := range published {
+		in[t.OID] = true
+	}
 	keep := map[uint32]bool{}
 	for _, s := range wanted {
 		keep[s.Table.OID] = true
-		if st := joinStep(p.Rows, s); len(st.Statements) > 0 {
+		if st := joinStep(p.Rows, s, in[s.Table.OID]); len(st.Statements) > 0 {
 			steps = append(steps, st)
 		}
 	}
@@ -101,7 +105,7 @@ func Plan(p Publications, cat *Catalog, exists map[string]bool, wanted []Synced,
 
 // joinStep lets a table join so that no row in flight escapes: the lock waits for the writers, and everything they wrote
 // is decoded by the old rules; everything after is decoded by the new ones.
-func joinStep(publication string, s Synced) Step {
+func joinStep(publication string, s Synced, published bool) Step {
 	t := s.Table
 	type relation struct {
 		oid      uint32
@@ -129,10 +133,10 @@ func joinStep(publication string, s Synced) Step {
 			fmt.Sprintf(`INSERT INTO walgate.tables (relation, former_identity, former_index) SELECT c.oid, c.relreplident, (SELECT indexrelid FROM pg_index WHERE indrelid = c.oid AND indisreplident) FROM pg_class c WHERE c.oid = %s::regclass ON CONFLICT (relation) DO NOTHING`, literal(r.sql)),
 			fmt.Sprintf("ALTER TABLE ONLY %s REPLICA IDENTITY FULL", r.sql))
 	}
-	if t.Published && (t.Filtered || t.Listed) {
+	if published && (t.Filtered || t.Listed) {
 		st.Statements = append(st.Statements, fmt.Sprintf("ALTER PUBLICATION %s DROP TABLE ONLY %s", ident(publication), t.sql()))
 	}
-	if !t.Published || t.Filtered || t.Listed {
+	if !published || t.Filtered || t.Listed {
 		target := "ONLY " + t.sql()
 		if t.Kind == 'p' {
 			target = t.sql()

@@ -87,6 +87,12 @@ func (t *Table) KeepsShape(stored string) bool {
 	return true
 }
 
+// KeepsPublication says whether the table is in the publication as it was at the stored shape, without a gap.
+func (t *Table) KeepsPublication(stored string) bool {
+	lines := strings.Split(stored, "\n")
+	return slices.Contains(take(&lines, "joined "), "joined "+t.joined)
+}
+
 // shed says whether a column came and went since the stored width: documents may have been shown with it.
 func (t *Table) shed(stored []string) bool {
 	var before int16
