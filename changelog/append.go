@@ -87,6 +87,7 @@ func (l *Log) NewAppender(ctx context.Context, bus Bus, c Claim) (*Appender, *Cl
 func (l *Log) connectAppender(ctx context.Context, bus Bus) (*Appender, error) {
 	cfg := l.pool.Config().ConnConfig
 	cfg.RuntimeParams["application_name"] = appenderName
+	cfg.RuntimeParams["idle_in_transaction_session_timeout"] = "0" // the next row of a transaction may be long on its way
 	conn, err := pgx.ConnectConfig(ctx, cfg)
 	if err != nil {
 		return nil, err

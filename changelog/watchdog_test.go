@@ -277,3 +277,21 @@ func TestPoolOfDeadConnections(t *testing.T) {
 		t.Errorf("read after the pool's connections died: %v", err)
 	}
 }
+
+// TestTransactionMayRest: the next row of a transaction may be long on its way, so nothing ends the log's open transaction
+// meanwhile, while a read that its gateway forgot ends soon.
+func TestTransactionMayRest(t *testing.T) {
+	t.Parallel()
+	l, dsn := newLog(t)
+	conn := session(t, dsn)
+	mustExec(t, conn, fmt.Sprintf("ALTER DATABASE %s SET idle_in_transaction_session_timeout = 100", conn.Config().Database))
+	a, _ := restart(t, l, nil)
+	const show = "SHOW idle_in_transaction_session_timeout"
+	if got := scan[string](t, a.conn, show); got != "0" {
+		t.Errorf("the appender's transaction ends after %s, want never", got)
+	}
+	var got string
+	if err := l.pool.QueryRow(t.Context(), show).Scan(&got); err != nil || got != "1min" {
+		t.Errorf("a reader's transaction ends after %s, want 1min (%v)", got, err)
+	}
+}
