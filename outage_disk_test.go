@@ -11,20 +11,17 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/jackc/pgx/v5"
-
 	"github.com/walgate/walgate/internal/pgserver"
 )
 
-// smallDisk is a place for the log's database that can be filled up.
+// smallDisk is a file system of its own, which can be filled up.
 type smallDisk struct {
-	t           *testing.T
-	dir         string // a file system of its own; empty where this process may not mount one
-	fill, empty func()
+	t   *testing.T
+	dir string // empty where this process may not mount one
 }
 
 // newSmallDisk makes one; a server that is to use it must be started later, to be stopped before.
-func newSmallDisk(t *testing.T) *smallDisk {
+func newSmallDisk(t *testing.T, size string) *smallDisk {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "walgate-disk-")
 	if err != nil {
@@ -35,7 +32,7 @@ func newSmallDisk(t *testing.T) *smallDisk {
 			t.Error(err)
 		}
 	})
-	if err := mountSmall(t, dir, "64m"); errors.Is(err, errors.ErrUnsupported) || errors.Is(err, os.ErrPermission) {
+	if err := mountSmall(t, dir, size); errors.Is(err, errors.ErrUnsupported) || errors.Is(err, os.ErrPermission) {
 		dir = ""
 	} else if err != nil {
 		t.Fatal(err)
@@ -43,66 +40,68 @@ func newSmallDisk(t *testing.T) *smallDisk {
 	return &smallDisk{t: t, dir: dir}
 }
 
-// database makes one on the disk; without a disk, PostgreSQL will answer as it does on a full one, by a trigger.
-func (d *smallDisk) database(server *pgserver.Server) (dsn string) {
-	t, dir := d.t, d.dir
-	t.Helper()
-	if dir == "" {
-		dsn = server.Database(t)
-		d.byTrigger(connect(t, dsn))
-		return dsn
+func (d *smallDisk) ballast() string { return filepath.Join(d.dir, "ballast") }
+
+// fill leaves room for so many bytes.
+func (d *smallDisk) fill(room int64) {
+	d.t.Helper()
+	var free syscall.Statfs_t
+	if err := syscall.Statfs(d.dir, &free); err != nil {
+		d.t.Fatal(err)
 	}
-	space := filepath.Join(dir, "space")
-	if err := os.Mkdir(space, 0o700); err != nil {
-		t.Fatal(err)
+	if err := os.WriteFile(d.ballast(), make([]byte, max(0, int64(free.Bavail)*int64(free.Bsize)-room)), 0o600); err != nil {
+		d.t.Fatal(err)
 	}
-	owner, err := os.Stat(filepath.Dir(server.LogPath()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	as := owner.Sys().(*syscall.Stat_t)
-	if err := errors.Join(os.Chmod(dir, 0o755), os.Chown(space, int(as.Uid), int(as.Gid))); err != nil {
-		t.Fatal(err)
-	}
-	admin := connect(t, server.DSN("postgres"))
-	resyncExec(t, admin, "CREATE TABLESPACE small LOCATION '"+space+"'")
-	resyncExec(t, admin, "CREATE DATABASE log TABLESPACE small")
-	ballast := filepath.Join(dir, "ballast")
-	d.fill = func() {
-		var free syscall.Statfs_t
-		if err := syscall.Statfs(dir, &free); err != nil {
-			t.Fatal(err)
-		}
-		const room = 1 << 20
-		if err := os.WriteFile(ballast, make([]byte, max(0, int64(free.Bavail)*int64(free.Bsize)-room)), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	d.empty = func() {
-		if err := os.Remove(ballast); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return server.DSN("log")
 }
 
-func (d *smallDisk) byTrigger(conn *pgx.Conn) {
-	d.t.Log("this process may not mount a file system: a trigger says that the disk is full")
-	d.fill = func() {
-		resyncExec(d.t, conn, `CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
-			RAISE EXCEPTION USING ERRCODE = 'disk_full', MESSAGE = 'could not extend file: No space left on device'; END$$`)
-		resyncExec(d.t, conn, `CREATE TRIGGER no_space BEFORE INSERT ON walgate.changes EXECUTE FUNCTION no_space()`)
+func (d *smallDisk) empty() {
+	d.t.Helper()
+	if err := os.Remove(d.ballast()); err != nil {
+		d.t.Fatal(err)
 	}
-	d.empty = func() { resyncExec(d.t, conn, `DROP FUNCTION no_space CASCADE`) }
+}
+
+// database makes one on the disk.
+func (d *smallDisk) database(server *pgserver.Server) (dsn string) {
+	d.t.Helper()
+	space := filepath.Join(d.dir, "space")
+	owner, err := os.Stat(filepath.Dir(server.LogPath()))
+	if err == nil {
+		as := owner.Sys().(*syscall.Stat_t)
+		err = errors.Join(os.Mkdir(space, 0o700), os.Chown(space, int(as.Uid), int(as.Gid)))
+	}
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	admin := connect(d.t, server.DSN("postgres"))
+	resyncExec(d.t, admin, "CREATE TABLESPACE small LOCATION '"+space+"'")
+	resyncExec(d.t, admin, "CREATE DATABASE log TABLESPACE small")
+	return server.DSN("log")
 }
 
 // TestLogsDiskIsFull: PostgreSQL can't extend the log's tables any more. Nothing is acknowledged that isn't logged, /readyz
 // says what is the matter and what to do, reads go on, and with room again it heals by itself, with every transaction once.
 func TestLogsDiskIsFull(t *testing.T) {
 	t.Parallel()
-	disk := newSmallDisk(t)
-	o := newOutage(t, disk.database)
-	disk.fill()
+	disk := newSmallDisk(t, "64m")
+	storage := pgserver.StartForTest(t, pgserver.Options{})
+	fill, empty := func() { disk.fill(1 << 20) }, disk.empty
+	var dsn string
+	if disk.dir != "" {
+		dsn = disk.database(storage)
+	} else {
+		t.Log("this process may not mount a file system: a trigger says what PostgreSQL says on a full one")
+		dsn = storage.Database(t)
+		conn := connect(t, dsn)
+		fill = func() {
+			resyncExec(t, conn, `CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
+				RAISE EXCEPTION USING ERRCODE = 'disk_full', MESSAGE = 'could not extend file: No space left on device'; END$$`)
+			resyncExec(t, conn, `CREATE TRIGGER no_space BEFORE INSERT ON walgate.changes EXECUTE FUNCTION no_space()`)
+		}
+		empty = func() { resyncExec(t, conn, `DROP FUNCTION no_space CASCADE`) }
+	}
+	o := newOutage(t, storage, dsn)
+	fill()
 	for tries := 0; ; tries++ {
 		o.app.burst()
 		why := o.health().Problems["replication"]
@@ -131,7 +130,45 @@ func TestLogsDiskIsFull(t *testing.T) {
 	if o.checked == len(o.app.committed) {
 		t.Error("everything was logged: the disk was never full")
 	}
+	empty()
+	o.healed()
+}
+
+// TestLogsServerDiskIsFull: the disk of the log's whole server is full, its WAL included, at which PostgreSQL ends itself.
+// Once somebody has made room and started it again, all is well.
+func TestLogsServerDiskIsFull(t *testing.T) {
+	t.Parallel()
+	disk := newSmallDisk(t, "256m")
+	if disk.dir == "" {
+		t.Skip("needs to mount a file system; TestLogsDiskIsFull has a way without, and TestLogAway a server that ends")
+	}
+	storage := pgserver.StartForTest(t, pgserver.Options{Dir: filepath.Join(disk.dir, "server"), Settings: map[string]string{"max_wal_size": "1GB", "min_wal_size": "32MB", "checkpoint_timeout": "1h"}})
+	o := newOutage(t, storage, storage.Database(t))
+	disk.fill(14 << 20) // less than a segment of WAL
+	admin := connect(t, storage.DSN("postgres"))
+	for tries := 0; ; tries++ {
+		o.app.small()
+		if _, err := admin.Exec(t.Context(), `SELECT pg_logical_emit_message(false, 'test', 'x'), pg_switch_wal()`); err != nil {
+			t.Logf("the server: %v", err)
+			break
+		}
+		if tries > 50 {
+			t.Fatal("the disk doesn't fill up")
+		}
+	}
+	o.app.burst()
+	o.until("/readyz says so", func() bool {
+		h := o.health()
+		return !h.Leading && strings.Contains(h.Problems["replication"], "change log") && strings.Contains(h.Problems["change_log"], "doesn't answer")
+	})
+	t.Logf("/readyz: %v", o.health().Problems)
+	o.pullAway()
+	o.app.burst()
 	disk.empty()
+	if err := storage.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	o.store = connect(t, o.logDSN)
 	o.healed()
 }
 

@@ -26,15 +26,13 @@ type outage struct {
 	stop            func() // ends the clients
 }
 
-// newOutage starts everything. place makes the log's database on a server of its own; nil: the log is with the tables.
-func newOutage(t *testing.T, place func(storage *pgserver.Server) (dsn string)) *outage {
+// newOutage starts everything, with the log at logDSN on the server storage; nil: with the tables.
+func newOutage(t *testing.T, storage *pgserver.Server, logDSN string) *outage {
 	t.Helper()
-	o := &outage{server: pgserver.StartForTest(t, pgserver.Options{})}
-	o.storage, o.dsn = o.server, o.server.Database(t)
-	o.logDSN = o.dsn
-	if place != nil {
-		o.storage = pgserver.StartForTest(t, pgserver.Options{})
-		o.logDSN = place(o.storage)
+	o := &outage{server: pgserver.StartForTest(t, pgserver.Options{}), storage: storage, logDSN: logDSN}
+	o.dsn = o.server.Database(t)
+	if storage == nil {
+		o.storage, o.logDSN = o.server, o.dsn
 	}
 	o.link = badlink.To(t, o.logDSN)
 	o.killing = newKilling(t, o.dsn, o.logDSN, fmt.Sprintf("database: {url: %q}\nstorage: {url: %q}\n", o.dsn, o.link.DSN(t, o.logDSN)+quickly()))
@@ -185,7 +183,8 @@ func TestLogAway(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			o := newOutage(t, func(s *pgserver.Server) string { return s.Database(t) })
+			storage := pgserver.StartForTest(t, pgserver.Options{})
+			o := newOutage(t, storage, storage.Database(t))
 			tc.go_(t, o)
 			o.writeFor(away(tc.hold))
 			o.until("/readyz says so", func() bool {
@@ -196,7 +195,7 @@ func TestLogAway(t *testing.T) {
 			if name != "silent" || os.Getenv(longEnv) != "" { // silence is noticed after half a minute
 				o.until("the leader says so", func() bool {
 					h := o.health()
-					return !h.Leading && strings.Contains(h.Problems["replication"], "change log")
+					return !h.Leading && strings.Contains(h.Problems["replication"], "change log's database can't be reached") && strings.Contains(h.Problems["replication"], "see that it runs")
 				})
 			}
 			o.app.burst()
@@ -211,15 +210,16 @@ func TestLogAway(t *testing.T) {
 // clients are on the stream. They stay connected, and nothing is lost or doubled.
 func TestSourceCrashesUnderStreams(t *testing.T) {
 	t.Parallel()
-	for name, place := range map[string]func(t *testing.T) func(*pgserver.Server) string{
-		"log with the tables": func(*testing.T) func(*pgserver.Server) string { return nil },
-		"log elsewhere": func(t *testing.T) func(*pgserver.Server) string {
-			return func(s *pgserver.Server) string { return s.Database(t) }
-		},
-	} {
+	for name, elsewhere := range map[string]bool{"log with the tables": false, "log elsewhere": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			o := newOutage(t, place(t))
+			var storage *pgserver.Server
+			logDSN := ""
+			if elsewhere {
+				storage = pgserver.StartForTest(t, pgserver.Options{})
+				logDSN = storage.Database(t)
+			}
+			o := newOutage(t, storage, logDSN)
 			steady := o.steadyStream()
 			for _, down := range []func() error{o.server.Crash, func() error { return o.server.Stop(t.Context()) }, o.server.Crash} {
 				o.app.burst()

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -42,7 +44,11 @@ func durable(ctx context.Context, c *pgx.Conn) error {
 // Explain says what an error of the log's database means and what to do, where that is known.
 func Explain(err error) error {
 	var pg *pgconn.PgError
+	var connect *pgconn.ConnectError
+	var network net.Error
 	switch {
+	case errors.As(err, &connect), errors.As(err, &network), errors.Is(err, io.ErrUnexpectedEOF), errors.As(err, &pg) && strings.HasPrefix(pg.Code, "57P"): // it is going down
+		return fmt.Errorf("the change log's database can't be reached, so nothing new reaches clients and the source keeps its WAL; see that it runs and that the network to it is up: %w", err)
 	case !errors.As(err, &pg):
 		return err
 	case pg.Code == "53100": // disk_full
