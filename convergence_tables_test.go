@@ -17,7 +17,7 @@ type alteration struct {
 	name string
 	do   func(w *writer) []string
 	back func(w *writer) []string
-	away bool // a table isn't there meanwhile: no gateway may start
+	away bool // no gateway may start meanwhile: a table isn't there
 	torn bool // what is published meanwhile is not whole transactions
 }
 
@@ -43,12 +43,14 @@ var alterations = []alteration{
 	{name: "retype column", do: func(w *writer) []string {
 		return []string{onColumn("size", `ALTER TABLE %s ALTER %I TYPE `+[]string{"int", "bigint", "numeric(12,2)"}[w.rng.IntN(3)])}
 	}},
-	{name: "add enum value", do: func(w *writer) []string { return []string{"ALTER TYPE mood ADD VALUE '" + w.newName("mood") + "'"} },
+	// PostgreSQL 15 can't decode a value that was added while a slot was being made ("invalid internal value for enum").
+	{name: "add enum value", away: true, do: func(w *writer) []string { return []string{"ALTER TYPE mood ADD VALUE '" + w.newName("mood") + "'"} },
 		back: func(*writer) []string { // in a transaction of its own: a new value can't be used in the one that adds it
 			return []string{"UPDATE levels SET mood = (SELECT enumlabel::text::mood FROM pg_enum WHERE enumtypid = 'mood'::regtype ORDER BY enumsortorder DESC LIMIT 1) WHERE id % 7 = 0"}
 		}},
+	// The oldest one: a value that is added, used and renamed between two looks at the catalog is a known limit.
 	{name: "rename enum value", do: func(w *writer) []string {
-		return []string{`DO $$ DECLARE l text; BEGIN SELECT enumlabel INTO l FROM pg_enum WHERE enumtypid = 'mood'::regtype ORDER BY md5(enumlabel) LIMIT 1;
+		return []string{`DO $$ DECLARE l text; BEGIN SELECT enumlabel INTO l FROM pg_enum WHERE enumtypid = 'mood'::regtype ORDER BY enumsortorder LIMIT 1;
 			EXECUTE format('ALTER TYPE mood RENAME VALUE %L TO %L', l, '` + w.newName("mood") + `'); END $$`}
 	}},
 	{name: "detach and attach a partition", do: func(*writer) []string { return []string{"ALTER TABLE events DETACH PARTITION events_south"} },

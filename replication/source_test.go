@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
+
 	"github.com/walgate/walgate/internal/pgserver"
 )
 
@@ -107,5 +109,16 @@ func TestPublicationGapOfAnOpenTransaction(t *testing.T) {
 	last := s.settle().Version
 	if floor := s.collection("items").Floor; floor >= last {
 		t.Errorf("the floor %d rises again and again past %d", floor, last)
+	}
+}
+
+// TestUndecodableWALSaysWhatToDo: PostgreSQL itself may fail to decode what it wrote, and then fails again and again.
+func TestUndecodableWALSaysWhatToDo(t *testing.T) {
+	t.Parallel()
+	s := &stream{received: 0x12}
+	for code, remedy := range map[string]bool{"22P03": true, "XX000": true, "57P01": false, "53100": false, "58030": false, "": true} {
+		if err := s.ended(&pgconn.PgError{Code: code}); strings.Contains(err.Error(), "drop the replication slot") != remedy {
+			t.Errorf("%s: %v", code, err)
+		}
 	}
 }

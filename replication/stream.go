@@ -143,7 +143,7 @@ func (s *stream) run(ctx context.Context) error {
 		case *pgproto3.CopyData:
 			err = s.handle(ctx, m.Data)
 		case *pgproto3.ErrorResponse:
-			err = fmt.Errorf("the server ended the replication stream: %w", pgconn.ErrorResponseToPgError(m))
+			err = s.ended(pgconn.ErrorResponseToPgError(m))
 		}
 		if err != nil {
 			if ctx.Err() != nil {
@@ -153,6 +153,16 @@ func (s *stream) run(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// ended says what it means that the server ended the stream. A server that stops, or has a fault of its own, is one thing; WAL
+// that it can't decode will not be decoded the next time either.
+func (s *stream) ended(cause *pgconn.PgError) error {
+	err := fmt.Errorf("the server ended the replication stream: %w", cause)
+	if slices.Contains([]string{"08", "53", "55", "57", "58"}, cause.Code[:min(2, len(cause.Code))]) {
+		return err
+	}
+	return fmt.Errorf("%w: PostgreSQL can't decode its WAL after %s. Should this stay so, stop walgate, drop the replication slot (SELECT pg_drop_replication_slot) and start walgate: a new history begins, and clients resynchronise by themselves", err, s.received)
 }
 
 // tick runs at least once a status interval, whatever else goes on.
