@@ -82,7 +82,11 @@ func initCommand(load loader) *cobra.Command {
 				return err
 			}
 			logger := newLogger(cfg, c.ErrOrStderr())
-			p, err := open(c.Context(), cfg, logger)
+			why := toPrepare
+			if printOnly {
+				why = toPrint
+			}
+			p, err := open(c.Context(), cfg, why, logger)
 			if err != nil {
 				return err
 			}

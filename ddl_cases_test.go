@@ -2,7 +2,6 @@ package main
 
 import (
 	"crypto/rand"
-	"fmt"
 	"net/url"
 	"slices"
 	"strings"
@@ -125,7 +124,6 @@ func TestTablesChangeWhileServed(t *testing.T) {
 			t.Fatal(err)
 		}
 		resyncExec(t, connect(t, app), sql)
-		resyncExec(t, connect(t, app), fmt.Sprintf(`GRANT SELECT ON ALL TABLES IN SCHEMA public TO %[1]s; GRANT ALL ON SCHEMA walgate TO %[1]s; GRANT ALL ON ALL TABLES IN SCHEMA walgate TO %[1]s`, role))
 	})
 	g.runAll(cases)
 }

@@ -37,13 +37,6 @@ func initialise(ctx context.Context, cfg *Config, p *parts, logger *slog.Logger)
 		return fmt.Errorf("connect to the source: %w", err)
 	}
 	defer conn.Release()
-	var level string
-	if err := conn.QueryRow(ctx, `SELECT current_setting('wal_level')`).Scan(&level); err != nil {
-		return err
-	}
-	if level != "logical" {
-		return fmt.Errorf("the source runs with wal_level = %s: set wal_level = logical in postgresql.conf and restart it", level)
-	}
 	if err := schema.Migrate(ctx, conn.Conn()); err != nil {
 		return err
 	}
@@ -91,6 +84,11 @@ func printSQL(ctx context.Context, cfg *Config, p *parts, out io.Writer) error {
 	for _, s := range steps {
 		fmt.Fprintln(out, s)
 	}
+	rights, err := printRights(ctx, conn.Conn(), p)
+	if err != nil {
+		return err
+	}
+	fmt.Fprint(out, rights)
 	fmt.Fprintf(out, "-- last: the slot; it waits for every transaction that is open\n%s\n", replication.SlotSQL(cfg.Replication.Slot, d.Catalog.ServerVersion))
 	if cfg.Storage.URL == "" {
 		fmt.Fprintf(out, "\n-- the change log lives in this database: the role of database.url makes its tables in schema walgate itself\n")

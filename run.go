@@ -15,6 +15,7 @@ import (
 
 	"github.com/walgate/walgate/changelog"
 	"github.com/walgate/walgate/gateway"
+	"github.com/walgate/walgate/policies"
 	"github.com/walgate/walgate/replication"
 	"github.com/walgate/walgate/schema"
 )
@@ -26,7 +27,11 @@ import (
 // is logged (replication.Leader.Run), and the catalog's watch ends → then the pools close. A second signal ends the
 // process. Killed at any point, it goes on from the log's checkpoint.
 func serve(ctx context.Context, cfg *Config, logger *slog.Logger, ready chan<- string) error {
-	p, err := open(ctx, cfg, logger)
+	why := toServe
+	if cfg.AutoInit {
+		why = toPrepare
+	}
+	p, err := open(ctx, cfg, why, logger)
 	if err != nil {
 		return err
 	}
@@ -95,20 +100,11 @@ type parts struct {
 	publications schema.Publications
 }
 
-// open connects to the source and compiles the policies against it.
-func open(ctx context.Context, cfg *Config, logger *slog.Logger) (*parts, error) {
-	p := &parts{publications: schema.PublicationsFor(cfg.Replication.Publication)}
-	var err error
-	if p.source, err = schema.OpenPool(ctx, string(cfg.Database.URL), cfg.Database.PoolSize); err != nil {
-		return nil, err
-	}
-	if p.log, err = changelog.Open(ctx, cfg.storageURL(), cfg.Storage.PoolSize); err != nil {
-		p.source.Close()
-		return nil, err
-	}
-	p.watcher = replication.NewWatcher(p.source, p.publications, cfg.Collections, cfg.AutoInit, cfg.Catalog.PollInterval, logger)
-	faults, err := p.watcher.Start(ctx)
-	if err == nil && len(faults) > 0 {
+// open connects to the source and compiles the policies against it. It reports everything that is wrong at once.
+func open(ctx context.Context, cfg *Config, why purpose, logger *slog.Logger) (*parts, error) {
+	faults := checkServer(ctx, cfg, why, logger)
+	p, more, err := openParts(ctx, cfg, why, logger)
+	if faults = append(faults, more...); len(faults) > 0 {
 		err = FaultsError(cfg, faults)
 	}
 	if err != nil {
@@ -118,9 +114,36 @@ func open(ctx context.Context, cfg *Config, logger *slog.Logger) (*parts, error)
 	return p, nil
 }
 
+func openParts(ctx context.Context, cfg *Config, why purpose, logger *slog.Logger) (*parts, []policies.Fault, error) {
+	p := &parts{publications: schema.PublicationsFor(cfg.Replication.Publication)}
+	var err error
+	if p.source, err = schema.OpenPool(ctx, string(cfg.Database.URL), cfg.Database.PoolSize); err != nil {
+		return p, pooled(err), err
+	}
+	conn, err := p.source.Acquire(ctx)
+	if err != nil {
+		return p, pooled(err), fmt.Errorf("connect to the source: %w", err)
+	}
+	defer conn.Release()
+	if p.log, err = changelog.Open(ctx, cfg.storageURL(), cfg.Storage.PoolSize); err != nil {
+		return p, nil, err
+	}
+	p.watcher = replication.NewWatcher(p.source, p.publications, cfg.Collections, cfg.AutoInit, cfg.Catalog.PollInterval, logger)
+	faults, err := p.watcher.Start(ctx)
+	if err != nil || len(faults) > 0 || why == toPrint {
+		return p, faults, err
+	}
+	faults, err = checkRights(ctx, conn.Conn(), cfg, p, why)
+	return p, faults, err
+}
+
 func (p *parts) close() {
-	p.source.Close()
-	p.log.Close()
+	if p.source != nil {
+		p.source.Close()
+	}
+	if p.log != nil {
+		p.log.Close()
+	}
 }
 
 // install checks that the source is prepared, or prepares it where auto_init allows.

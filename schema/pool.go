@@ -2,6 +2,7 @@ package schema
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"time"
@@ -25,6 +26,31 @@ func BoundConnection(c *pgconn.Config) {
 	c.RuntimeParams["tcp_keepalives_interval"] = "5"
 	c.RuntimeParams["tcp_keepalives_count"] = "3"
 	c.RuntimeParams["idle_in_transaction_session_timeout"] = "60s" // else the locks of a lost gateway stay; none of ours pauses that long
+}
+
+// ErrSettings says that a session runs with other settings than it asked for: a pooler is between it and PostgreSQL, and
+// values would be written in another form than the feed's. Who opens the source checks for it.
+var ErrSettings = errors.New("the session has other settings than it asked for, as behind a pooler")
+
+// prepared checks that a session has the settings that the codec needs, and makes it durable.
+func prepared(ctx context.Context, c *pgx.Conn) error {
+	if err := durable(ctx, c); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	var names, values []string
+	for _, s := range append(append([]Setting{}, SessionSettings...), SnapshotSettings...) {
+		if s.Name != "client_encoding" { // of a database in SQL_ASCII it is another
+			names, values = append(names, s.Name), append(values, s.Value)
+		}
+	}
+	var other string
+	err := c.QueryRow(ctx, `SELECT coalesce(string_agg(name, ', '), '') FROM unnest($1::text[], $2::text[]) AS s(name, value) WHERE current_setting(name) <> value`, names, values).Scan(&other)
+	if err == nil && other != "" {
+		err = fmt.Errorf("%w: %s", ErrSettings, other)
+	}
+	return err
 }
 
 // durable makes a session's commits wait for the disk at least; stronger settings stay.
@@ -61,7 +87,7 @@ func OpenPool(ctx context.Context, url string, maxConns int) (*pgxpool.Pool, err
 	for _, name := range []string{"statement_timeout", "lock_timeout"} {
 		params[name] = "0" // what a role sets for the application; here a context bounds each call
 	}
-	cfg.AfterConnect = durable
+	cfg.AfterConnect = prepared
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("source: %w", err)
