@@ -80,6 +80,7 @@ func (l *Log) NewAppender(ctx context.Context, bus Bus, c Claim) (*Appender, *Cl
 	}
 	a.epoch, a.history, a.version = claimed.Epoch, claimed.History, claimed.Version
 	a.logged.Store(uint64(claimed.LSN))
+	l.pool.Reset() // readers must not go on with connections to a server that held the log before
 	bus.Publish(&Batch{History: a.history, Prev: claimed.Version, Last: claimed.Version, LSN: claimed.LSN, Omitted: true})
 	return a, claimed, nil
 }

@@ -37,11 +37,10 @@ type Claim struct {
 	SlotCreated    bool      // the slot was just made: everything before SlotLSN is lost to the log
 	SlotLSN        LSN       // the slot's confirmed_flush
 	SourceEnd      LSN       // how far the source's WAL is flushed
+	Noted          int64     // the source's number of the last Note
 	Remembered     string    // the history that the source remembers, HistoryForgotten, or "": no log was ever started
 	ConfigRevision int64
 	Collections    []ClaimedCollection
-	// Committed asks the source whether it may have committed a transaction; false is proof that it has not.
-	Committed func(ctx context.Context, xid uint64) (bool, error)
 }
 
 // ClaimedCollection is a collection as the new leader's configuration and catalog have it.
@@ -116,18 +115,17 @@ type stored struct {
 	lsn             LSN
 	source, storage Server
 	serverTime      time.Time
-	restarted       bool   // the log's server was started anew since the last claim
-	xid             uint64 // of the newest logged transaction of this history; 0: none
+	restarted       bool // the log's server was started anew since the last claim
+	noted           int64
 }
 
 func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, out *Claimed) error {
 	var s stored
 	err := tx.QueryRow(ctx, `SELECT epoch, config_revision, history, version, floor, lsn - '0/0'::pg_lsn,
 		source_system, source_timeline, storage_system, storage_timeline, clock_timestamp(),
-		server_started IS DISTINCT FROM pg_postmaster_start_time(),
-		coalesce((SELECT xid FROM walgate.transactions WHERE tx > floor ORDER BY tx DESC LIMIT 1), 0) FROM walgate.checkpoint`).Scan(
+		server_started IS DISTINCT FROM pg_postmaster_start_time(), noted FROM walgate.checkpoint`).Scan(
 		&s.epoch, &s.revision, &s.history, &s.version, &s.floor, (*pgLSN)(&s.lsn),
-		&s.source.System, &s.source.Timeline, &s.storage.System, &s.storage.Timeline, &s.serverTime, &s.restarted, &s.xid)
+		&s.source.System, &s.source.Timeline, &s.storage.System, &s.storage.Timeline, &s.serverTime, &s.restarted, &s.noted)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		out.NewHistory = FirstStart
@@ -140,9 +138,7 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 		if c.ConfigRevision < s.revision {
 			return fmt.Errorf("%w: %d here, %d there: deploy the newer configuration", ErrConfigRevision, c.ConfigRevision, s.revision)
 		}
-		if out.NewHistory, err = broken(ctx, s, c, storage); err != nil {
-			return err
-		}
+		out.NewHistory = broken(s, c, storage)
 	}
 	out.Epoch = s.epoch + 1
 	out.History, out.Version, out.LSN = s.history, s.version, s.lsn
@@ -163,38 +159,37 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 			return err
 		}
 	}
-	_, err = tx.Exec(ctx, `INSERT INTO walgate.checkpoint (epoch, writer, history, version, floor, lsn, source_system, source_timeline, storage_system, storage_timeline, config_revision, server_started)
-		VALUES ($1, $1, $2, $3, $4, '0/0'::pg_lsn + $5::numeric, $6, $7, $8, $9, $10, pg_postmaster_start_time())
+	_, err = tx.Exec(ctx, `INSERT INTO walgate.checkpoint (epoch, writer, history, version, floor, lsn, source_system, source_timeline, storage_system, storage_timeline, config_revision, server_started, noted)
+		VALUES ($1, $1, $2, $3, $4, '0/0'::pg_lsn + $5::numeric, $6, $7, $8, $9, $10, pg_postmaster_start_time(), $11)
 		ON CONFLICT (one) DO UPDATE SET epoch = excluded.epoch, writer = excluded.writer, history = excluded.history, version = excluded.version,
 			floor = excluded.floor, lsn = excluded.lsn, source_system = excluded.source_system, source_timeline = excluded.source_timeline,
 			storage_system = excluded.storage_system, storage_timeline = excluded.storage_timeline, config_revision = excluded.config_revision,
-			server_started = excluded.server_started`,
-		out.Epoch, out.History, int64(out.Version), int64(floor), lsnNumeric(out.LSN), c.Source.System, c.Source.Timeline, storage.System, storage.Timeline, c.ConfigRevision)
+			server_started = excluded.server_started, noted = excluded.noted`,
+		out.Epoch, out.History, int64(out.Version), int64(floor), lsnNumeric(out.LSN), c.Source.System, c.Source.Timeline, storage.System, storage.Timeline, c.ConfigRevision, c.Noted)
 	return err
 }
 
 // broken says why the stored log can't be continued, or "".
-func broken(ctx context.Context, s stored, c Claim, storage Server) (string, error) {
+func broken(s stored, c Claim, storage Server) string {
 	switch {
-	case c.SlotCreated || c.Remembered == HistoryForgotten:
-		return "the replication slot was lost", nil
 	case s.source != c.Source:
-		return "the source is another server or timeline than before", nil
+		return "the source is another server or timeline than before"
 	case s.storage != storage:
-		return "the change log is on another server or timeline than before", nil
+		return "the change log is on another server or timeline than before"
+	case c.SlotCreated || c.Remembered == HistoryForgotten:
+		return "the replication slot was lost"
 	case c.SlotLSN > s.lsn:
-		return fmt.Sprintf("the slot confirms %s but the change log ends at %s", c.SlotLSN, s.lsn), nil
+		return fmt.Sprintf("the slot confirms %s but the change log ends at %s", c.SlotLSN, s.lsn)
 	case c.SourceEnd < s.lsn:
-		return fmt.Sprintf("the source's WAL ends at %s but the change log holds it up to %s: the source was restored to an older state", c.SourceEnd, s.lsn), nil
+		return fmt.Sprintf("the source's WAL ends at %s but the change log holds it up to %s: the source was restored to an older state", c.SourceEnd, s.lsn)
 	case c.Remembered != "" && c.Remembered != s.history:
-		return fmt.Sprintf("the source remembers history %s but the change log is of %s: one of the two was restored to an older state, or two sources share this change log", c.Remembered, s.history), nil
-	case s.xid == 0:
-		return "", nil
+		return fmt.Sprintf("the source remembers history %s but the change log is of %s: one of the two was restored to an older state, or two sources share this change log", c.Remembered, s.history)
+	case c.Noted < s.noted:
+		return "the source was restored to an older state than the change log has seen"
+	case c.Noted > s.noted+1:
+		return "the change log was restored to an older state than the source has seen"
 	}
-	if known, err := c.Committed(ctx, s.xid); err != nil || known {
-		return "", err
-	}
-	return fmt.Sprintf("the source has not committed transaction %d, which the change log holds: the source was restored to an older state", s.xid), nil
+	return ""
 }
 
 // leaveGap remembers that no version between two was ever issued, and returns the floor. A server that was restored from a

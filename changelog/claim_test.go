@@ -1,7 +1,6 @@
 package changelog
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -62,13 +61,13 @@ func TestSecondClaim(t *testing.T) {
 		"source behind the log":                  {change: func(c *Claim) { c.SourceEnd = 99 }, history: "WAL ends at 0/63 but the change log holds it up to 0/64"},
 		"source at the log":                      {change: func(c *Claim) { c.SourceEnd = 100 }},
 		"source of another history":              {change: func(c *Claim) { c.Remembered = "zzzz" }, history: "remembers history zzzz"},
-		"source without the newest transaction": {change: func(c *Claim) {
-			c.Committed = func(_ context.Context, xid uint64) (bool, error) { return xid != 100, nil }
-		}, history: "has not committed transaction 100"},
-		"other system":     {change: func(c *Claim) { c.Source.System = "8" }, history: "source is another server"},
-		"other timeline":   {change: func(c *Claim) { c.Source.Timeline++ }, history: "source is another server or timeline"},
-		"other storage":    {sql: `UPDATE walgate.checkpoint SET storage_system = '1'`, history: "change log is on another server"},
-		"storage promoted": {sql: `UPDATE walgate.checkpoint SET storage_timeline = 9`, history: "change log is on another server or timeline"},
+		"source noted once more":                 {change: func(c *Claim) { c.Noted = 1 }},
+		"source older than the log":              {sql: `UPDATE walgate.checkpoint SET noted = 1`, history: "source was restored"},
+		"log older than the source":              {change: func(c *Claim) { c.Noted = 2 }, history: "change log was restored"},
+		"other system":                           {change: func(c *Claim) { c.Source.System = "8" }, history: "source is another server"},
+		"other timeline":                         {change: func(c *Claim) { c.Source.Timeline++ }, history: "source is another server or timeline"},
+		"other storage":                          {sql: `UPDATE walgate.checkpoint SET storage_system = '1'`, history: "change log is on another server"},
+		"storage promoted":                       {sql: `UPDATE walgate.checkpoint SET storage_timeline = 9`, history: "change log is on another server or timeline"},
 		"log lost": {change: func(c *Claim) { c.Remembered = "0000" },
 			sql: `TRUNCATE walgate.checkpoint, walgate.collections, walgate.changes, walgate.transactions`, history: "log was lost"},
 		"revision higher":     {change: func(c *Claim) { c.ConfigRevision = 7 }},

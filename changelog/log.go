@@ -92,6 +92,14 @@ func ServerIdentity(ctx context.Context, q interface {
 	return s, nil
 }
 
+// Note stores the number that the leader of an epoch has noted in the source just before (see Claim.Noted).
+func (l *Log) Note(ctx context.Context, epoch, noted int64) error {
+	if _, err := l.pool.Exec(ctx, `UPDATE walgate.checkpoint SET noted = $2 WHERE epoch = $1`, epoch, noted); err != nil {
+		return fmt.Errorf("note the source's number in the change log: %w", err)
+	}
+	return nil
+}
+
 // Collection is the stored state of one collection.
 type Collection struct {
 	ID          int32

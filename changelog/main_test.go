@@ -33,8 +33,7 @@ var testSource = Server{System: "7000000000000000001", Timeline: 1}
 
 // testClaim is the claim of a leader of one collection, whose slot stands at LSN 0/10.
 func testClaim() Claim {
-	return Claim{Source: testSource, SourceTime: time.Now(), SlotLSN: 16, SourceEnd: 1 << 40, Committed: func(context.Context, uint64) (bool, error) { return true, nil },
-		Collections: []ClaimedCollection{testCollection("tasks")}}
+	return Claim{Source: testSource, SourceTime: time.Now(), SlotLSN: 16, SourceEnd: 1 << 40, Collections: []ClaimedCollection{testCollection("tasks")}}
 }
 
 func testCollection(name string) ClaimedCollection {

@@ -180,7 +180,7 @@ func (x *export) resume(ctx context.Context) error {
 		return err
 	}
 	c := x.cur
-	same := c.History == h.History && c.ScopeHash == x.feed.caller.ScopeHash && c.Last <= h.Version && strings.Join(c.Collections, ",") == strings.Join(x.feed.names(), ",")
+	same := c.History == h.History && c.ScopeHash == x.feed.caller.ScopeHash && h.Issued(c.Last) && strings.Join(c.Collections, ",") == strings.Join(x.feed.names(), ",")
 	for i, name := range c.Collections {
 		st := stateOf(h, name)
 		same = same && st != nil && st.Floor == c.Floors[i]

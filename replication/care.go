@@ -55,10 +55,13 @@ func (l *Leader) watchSlot(ctx context.Context) {
 }
 
 // care refuses to be a synchronous standby and applies retention while this instance leads.
-func (l *Leader) care(ctx context.Context, walsender uint32) error {
+func (l *Leader) care(ctx context.Context, walsender uint32, epoch int64) error {
 	tick := time.NewTicker(slotCheckInterval)
 	defer tick.Stop()
 	for {
+		if err := l.note(ctx, epoch); err != nil && ctx.Err() == nil {
+			l.o.Logger.Warn("how far the log has come could not be noted in the source; trying again", "error", err)
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -71,6 +74,25 @@ func (l *Leader) care(ctx context.Context, walsender uint32) error {
 			l.o.Logger.Warn("retention could not be applied to the change log; trying again", "error", err)
 		}
 	}
+}
+
+// note raises a number in the source and then in the log, where the log has moved. A source that was restored from a copy
+// of its files, and has gone on since, may look like the one that was followed: this number is then behind the log's.
+func (l *Leader) note(ctx context.Context, epoch int64) error {
+	at := int64(l.o.Stats.Transactions.Load())
+	if at == l.notedAt {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	if _, err := l.o.Source.Exec(ctx, `UPDATE walgate.source SET noted = greatest(noted, $1)`, l.noted+1); err != nil {
+		return err
+	}
+	if err := l.o.Log.Note(ctx, epoch, l.noted+1); err != nil {
+		return err
+	}
+	l.noted, l.notedAt = l.noted+1, at
+	return nil
 }
 
 // refuseSynchronous fails where the source counts this gateway as a synchronous standby: every commit of the application

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -50,6 +49,8 @@ type Leader struct {
 	expired     time.Time         // when retention was last applied
 	droppable   changelog.Version // log partitions below it may go with the next time
 	server      changelog.Server  // the source as last seen
+	noted       int64             // the last number that source and log both hold
+	notedAt     int64             // how many transactions were logged then; -1: it is due
 }
 
 // NewLeader returns a leader; Run does the work.
@@ -163,6 +164,7 @@ func (l *Leader) session(ctx context.Context) error {
 		return err
 	}
 	failpoint.Here(failpoint.HistoryNoted)
+	l.noted, l.notedAt = src.claim.Noted, -1
 	l.report(claimed)
 	return l.stream(ctx, conn, appender, claimed, src.xmax)
 }
@@ -240,13 +242,12 @@ func (l *Leader) prepare(ctx context.Context) (*sourceState, error) {
 	s := &sourceState{claim: changelog.Claim{SlotLSN: slot.Confirmed, ConfigRevision: l.o.ConfigRevision}}
 	var xmax int64
 	err = conn.QueryRow(ctx, `SELECT current_setting('server_encoding'), pg_snapshot_xmax(pg_current_snapshot())::text::int8, clock_timestamp(),
-		coalesce((SELECT history FROM walgate.source), '')`).Scan(&s.encoding, &xmax, &s.claim.SourceTime, &s.claim.Remembered)
+		coalesce((SELECT history FROM walgate.source), ''), coalesce((SELECT noted FROM walgate.source), 0)`).Scan(&s.encoding, &xmax, &s.claim.SourceTime, &s.claim.Remembered, &s.claim.Noted)
 	if err != nil {
 		return nil, fmt.Errorf("read the source's state: %w", err)
 	}
 	s.xmax = uint64(xmax)
 	s.claim.SlotCreated = slot.Created
-	s.claim.Committed = l.committed
 	s.claim.Collections = l.claimed(ctx, conn)
 	return s, nil
 }
@@ -287,22 +288,6 @@ func (l *Leader) verify(ctx context.Context, walsender uint32, confirmed changel
 		return fmt.Errorf("slot %s moved from %s to %s while it was taken: looking again", l.o.Slot, confirmed, changelog.LSN(now))
 	}
 	return nil
-}
-
-// committed says whether the source may have committed a transaction: false is proof that it has not.
-func (l *Leader) committed(ctx context.Context, xid uint64) (bool, error) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	var aborted bool
-	err := l.o.Source.QueryRow(ctx, `SELECT coalesce(pg_xact_status($1::text::xid8) = 'aborted', false)`, strconv.FormatUint(xid, 10)).Scan(&aborted)
-	var pg *pgconn.PgError
-	if errors.As(err, &pg) && pg.Code == "22023" { // the id is in the future
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("ask the source for the outcome of transaction %d: %w", xid, err)
-	}
-	return !aborted, nil
 }
 
 // claimed describes the collections as this instance's configuration and the catalog have them.
@@ -389,7 +374,7 @@ func (l *Leader) stream(ctx context.Context, conn *pgconn.PgConn, appender *chan
 		}
 		return err
 	})
-	g.Go(func() error { return l.care(gctx, conn.PID()) })
+	g.Go(func() error { return l.care(gctx, conn.PID(), c.Epoch) })
 	err := g.Wait()
 	if ferr := s.sendStatus(); err == nil && ctx.Err() == nil {
 		err = ferr

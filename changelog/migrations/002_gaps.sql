@@ -5,3 +5,4 @@ CREATE TABLE walgate.gaps (
     first_version bigint NOT NULL CHECK (first_version > after_version)
 );
 ALTER TABLE walgate.checkpoint ADD COLUMN server_started timestamptz; -- when the log's server was started, as of the last claim
+ALTER TABLE walgate.checkpoint ADD COLUMN noted bigint NOT NULL DEFAULT 0; -- follows walgate.source in the source, at most one behind
