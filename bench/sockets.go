@@ -150,10 +150,8 @@ func (s *sockets) take(one *socket, data []byte) error {
 		}
 		data = data[size:]
 	}
-	if len(data) == 0 {
+	if one.rest = append(one.rest[:0], data...); len(data) == 0 {
 		one.rest = nil
-	} else {
-		one.rest = bytes.Clone(data)
 	}
 	return nil
 }
