@@ -6,10 +6,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"runtime"
@@ -64,6 +66,7 @@ func main() {
 	flag.StringVar(&o.binary, "binary", "", "walgate binary to measure; empty: build this tree's")
 	flag.StringVar(&o.recorded, "recorded", "bench/recorded.json", "file with the ratios to compare with")
 	flag.BoolVar(&o.record, "record", false, "write the ratios into that file; needs -runs 3 or more, for their spread is the noise")
+	flag.StringVar(&o.into, "into", "", "document to put the table into, such as docs/performance.md, between its lines \"figures: begin\" and \"figures: end\"")
 	flag.BoolVar(&o.strict, "strict", false, "exit with 1 where a ratio is worse than the recorded one by more than its noise")
 	only := flag.String("run", "", "paths to measure, with commas; empty: all of "+names())
 	flag.Parse()
@@ -120,13 +123,15 @@ func run(ctx context.Context, o options, only string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, b.close()) }()
-	fmt.Printf("PostgreSQL %s, %s, %s/%s, %s, scale %g, %d sockets, %d run(s)\n\n",
-		b.version, runtime.Version(), runtime.GOOS, runtime.GOARCH, machine(), o.scale, o.sockets, o.runs)
+	var figures bytes.Buffer
+	out := io.MultiWriter(os.Stdout, &figures)
+	fmt.Fprintf(out, "%s: PostgreSQL %s, %s, %s/%s, %s, scale %g, %d sockets, %d run(s).\n\n",
+		time.Now().UTC().Format(time.DateOnly), b.version, runtime.Version(), runtime.GOOS, runtime.GOARCH, machine(), o.scale, o.sockets, o.runs)
 	before := recorded.find(o.scale, o.sockets)
 	if before != nil {
-		fmt.Printf("Recorded on %s: %s, %d runs.\n\n", before.Date, before.Machine, before.Runs)
+		fmt.Fprintf(out, "Recorded on %s: %s, %d runs.\n\n", before.Date, before.Machine, before.Runs)
 	}
-	fmt.Println("| path | walgate | bare limit | unit | ratio | recorded | wanted | |\n|---|---:|---:|---|---:|---:|---|---|")
+	fmt.Fprintln(out, "| path | walgate | bare limit | unit | ratio | recorded | wanted | |\n|---|---:|---:|---|---:|---:|---|---|")
 	now := &record{Machine: machine(), Date: time.Now().UTC().Format(time.DateOnly), Scale: o.scale, Sockets: o.sockets, Runs: o.runs, Lines: map[string]spread{}}
 	regressed := 0
 	for _, p := range chosen {
@@ -144,11 +149,16 @@ func run(ctx context.Context, o options, only string) (err error) {
 			if worse {
 				regressed++
 			}
-			fmt.Println(l.row(verdict))
+			fmt.Fprintln(out, l.row(verdict))
 			now.add(l)
 		}
 	}
 	fmt.Printf("\n%s in all\n", time.Since(began).Round(time.Second))
+	if o.into != "" {
+		if err := putInto(o.into, figures.Bytes()); err != nil {
+			return err
+		}
+	}
 	if o.record {
 		return recorded.write(o.recorded, now)
 	}
@@ -159,6 +169,22 @@ func run(ctx context.Context, o options, only string) (err error) {
 		}
 	}
 	return nil
+}
+
+const figuresBegin, figuresEnd = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
+
+// putInto replaces what a document has between its two marks.
+func putInto(file string, figures []byte) error {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	before, rest, begins := bytes.Cut(text, []byte(figuresBegin))
+	_, after, ends := bytes.Cut(rest, []byte(figuresEnd))
+	if !begins || !ends {
+		return fmt.Errorf("%s lacks the lines %q and %q, between which the table goes", file, strings.TrimSpace(figuresBegin), strings.TrimSpace(figuresEnd))
+	}
+	return os.WriteFile(file, slices.Concat(before, []byte(figuresBegin), figures, []byte(figuresEnd), after), 0o644)
 }
 
 // measure runs a path as often as asked.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -107,6 +108,31 @@ func TestMarks(t *testing.T) {
 	} {
 		if missed := strings.Contains(c.line.mark(), "MISSED"); missed != c.want {
 			t.Errorf("%s: %q", c.name, c.line.mark())
+		}
+	}
+}
+
+func TestFiguresReplaceTheFormerOnes(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "figures.md")
+	for _, c := range []struct{ was, want string }{
+		{"above\n" + figuresBegin + "old\n" + figuresEnd + "below\n", "above\n" + figuresBegin + "new\n" + figuresEnd + "below\n"},
+		{"no marks\n", ""},
+		{"only one\n" + figuresBegin, ""},
+	} {
+		if err := os.WriteFile(file, []byte(c.was), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err := putInto(file, []byte("new\n"))
+		got, _ := os.ReadFile(file) // written above
+		if c.want == "" {
+			if err == nil || string(got) != c.was {
+				t.Errorf("%q became %q, %v", c.was, got, err)
+			}
+			continue
+		}
+		if err != nil || string(got) != c.want {
+			t.Errorf("%q became %q, %v", c.was, got, err)
 		}
 	}
 }

@@ -21,6 +21,7 @@ type options struct {
 	major    int
 	binary   string
 	recorded string
+	into     string
 	record   bool
 	strict   bool
 }
