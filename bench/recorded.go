@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"runtime"
 	"slices"
@@ -43,8 +44,11 @@ func spreadOf(scores []float64) spread {
 		return spread{}
 	}
 	s := slices.Sorted(slices.Values(scores))
-	return spread{Median: s[len(s)/2], Low: s[0], High: s[len(s)-1]}
+	return spread{Median: thousandths(s[len(s)/2]), Low: thousandths(s[0]), High: thousandths(s[len(s)-1])}
 }
+
+// thousandths is what is worth writing down.
+func thousandths(v float64) float64 { return math.Round(v*1000) / 1000 }
 
 // bound is the worst score that is no regression: as far beyond the recorded runs' worst as they lie apart.
 func (s spread) bound(less bool) float64 {
