@@ -233,6 +233,8 @@ func (v *convergence) dropSlot(ctx context.Context, _ *rand.Rand) (bool, error) 
 	if err := v.await(ctx, "the walsender is gone", `SELECT NOT bool_or(active) FROM pg_replication_slots`); err != nil {
 		return false, err
 	}
+	v.altering.Lock() // PostgreSQL may decode by an old catalog what was altered while a slot was made
+	defer v.altering.Unlock()
 	if err := v.ask(ctx, nil, `SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots`); err != nil {
 		return false, err
 	}

@@ -88,7 +88,8 @@ type convergence struct {
 	pace    time.Duration // pause of a writer and a client between two of their steps
 	tables  sync.Mutex    // held while a table isn't there, and while the gateway starts
 
-	torn atomic.Bool // transactions may arrive in parts until the next settling
+	altering sync.Mutex  // held while a table is altered, and while the slot is made
+	torn     atomic.Bool // transactions may arrive in parts until the next settling
 
 	counting sync.Mutex
 	faults   map[string]int // what went wrong, by kind
@@ -180,9 +181,9 @@ func (v *convergence) begin(t *testing.T) {
 func (v *convergence) run(ctx context.Context, round uint64, alter bool, chaos func(context.Context)) {
 	var all sync.WaitGroup
 	for i := range uint64(convergenceWriters) {
-		w := &writer{t: v.t, dsn: v.dsn, rng: v.rng(100*(round+1) + i), commits: &v.commits, count: v.count, round: round, tables: &v.tables, torn: &v.torn, pace: v.pace}
+		w := &writer{t: v.t, dsn: v.dsn, rng: v.rng(100*(round+1) + i), commits: &v.commits, count: v.count, round: round, tables: &v.tables, altering: &v.altering, torn: &v.torn, pace: v.pace}
 		if i == 0 && alter {
-			w.role = altering
+			w.role = migrating
 		} else if i == 1 {
 			w.role = lingering
 		}

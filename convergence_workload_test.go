@@ -29,6 +29,7 @@ type writer struct {
 	role        role
 	round       uint64      // part of new names
 	tables      *sync.Mutex // held while a table isn't there
+	altering    *sync.Mutex // see convergence
 	alterations []alteration
 	chosen      string       // table of the present alteration
 	torn        *atomic.Bool // see convergence
@@ -40,7 +41,7 @@ type role int
 
 const (
 	ordinary  role = iota
-	altering       // changes the tables
+	migrating      // changes the tables
 	lingering      // keeps its transactions open
 )
 
@@ -65,7 +66,7 @@ func (w *writer) step(ctx context.Context) error {
 		return nil // the server is down
 	}
 	switch w.role {
-	case altering:
+	case migrating:
 		return w.alter(ctx)
 	case lingering:
 		return w.linger(ctx)

@@ -43,14 +43,16 @@ type Options struct {
 
 // Leader tails the source into the log for as long as it holds the slot.
 type Leader struct {
-	o           Options
-	lookAtSlot  chan struct{}     // capacity 1
-	unpublished bool              // the slot stands where no publication was
-	expired     time.Time         // when retention was last applied
-	droppable   changelog.Version // log partitions below it may go with the next time
-	server      changelog.Server  // the source as last seen
-	noted       int64             // the last number that source and log both hold
-	notedAt     int64             // how many transactions were logged then; -1: it is due
+	o          Options
+	lookAtSlot chan struct{}     // capacity 1
+	unreadable string            // why the slot can't be read on; empty: it can
+	failure    string            // with which PostgreSQL last failed to decode
+	failures   int               // how often it has in a row
+	expired    time.Time         // when retention was last applied
+	droppable  changelog.Version // log partitions below it may go with the next time
+	server     changelog.Server  // the source as last seen
+	noted      int64             // the last number that source and log both hold
+	notedAt    int64             // how many transactions were logged then; -1: it is due
 }
 
 // NewLeader returns a leader; Run does the work.
@@ -81,7 +83,7 @@ func (l *Leader) Run(ctx context.Context) error {
 			l.o.Stats.setState(false, nil)
 			return nil
 		}
-		l.unpublished = l.unpublished || publicationMissing(err)
+		l.judgeSlot(err)
 		busy := slotBusy(err)
 		if busy {
 			err = heldBy(ctx, l.o.Source, l.o.Slot, err)
@@ -89,7 +91,7 @@ func (l *Leader) Run(ctx context.Context) error {
 		l.o.Stats.setState(false, err)
 		l.o.Stats.Reconnects.Add(1)
 		if time.Since(began) > time.Minute {
-			pause = firstBackoff
+			pause, l.failures = firstBackoff, 0
 		}
 		if errors.Is(err, errReclaim) {
 			l.o.Logger.Info("beginning a new session", "reason", err)
@@ -126,6 +128,26 @@ func (l *Leader) waiting(why string) {
 func publicationMissing(err error) bool {
 	var pg *pgconn.PgError
 	return errors.As(err, &pg) && pg.Code == "42704" && strings.Contains(pg.Message, "publication") // undefined_object
+}
+
+// undecodableTries is how often in a row PostgreSQL must fail to decode the slot's WAL in the same way: some seconds.
+const undecodableTries = 8
+
+// judgeSlot notes whether the slot can be read on after a session that ended with err. A publication that was missing when
+// something was written, and WAL that PostgreSQL fails to decode again and again, are lost to it.
+func (l *Leader) judgeSlot(err error) {
+	var undecodable *undecodableError
+	switch {
+	case publicationMissing(err):
+		l.unreadable = "the publication was missing for a while"
+	case errors.As(err, &undecodable):
+		if cause := undecodable.cause.Error(); cause != l.failure {
+			l.failure, l.failures = cause, 0
+		}
+		if l.failures++; l.failures >= undecodableTries {
+			l.unreadable = undecodable.Error()
+		}
+	}
 }
 
 // session is one tenure: take the slot, take the log over, stream until something fails.
@@ -226,12 +248,12 @@ func (l *Leader) prepare(ctx context.Context) (*sourceState, error) {
 	if !exists[l.o.Publications.Rows] || !exists[l.o.Publications.Events] {
 		return nil, fmt.Errorf("publication %s or %s is missing: run walgate init", l.o.Publications.Rows, l.o.Publications.Events)
 	}
-	if l.unpublished { // it can never decode what was written while there was no publication
-		l.o.Logger.Warn("the publication was missing for a while, and the slot can't read past that; making a new one, clients will resynchronise", "slot", l.o.Slot)
+	if l.unreadable != "" {
+		l.o.Logger.Warn("the slot can't be read on; making a new one, clients will resynchronise", "slot", l.o.Slot, "reason", l.unreadable)
 		if err := DropSlot(short, conn, l.o.Slot); err != nil {
 			return nil, err
 		}
-		l.unpublished = false
+		l.unreadable, l.failures = "", 0
 	}
 	slot, err := EnsureSlot(ctx, conn, l.o.Slot, l.o.Logger, func(why error) { l.o.Stats.setState(false, why) }) // may wait for long to make one
 	if err != nil {
@@ -276,9 +298,13 @@ func (l *Leader) verify(ctx context.Context, walsender uint32, confirmed changel
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	var now int64
-	err := l.o.Source.QueryRow(ctx, `SELECT (confirmed_flush_lsn - '0/0')::int8 FROM pg_replication_slots WHERE slot_name = $1 AND active_pid = $2`,
-		l.o.Slot, int64(walsender)).Scan(&now)
+	var active bool
+	err := l.o.Source.QueryRow(ctx, `SELECT (confirmed_flush_lsn - '0/0')::int8, active FROM pg_replication_slots WHERE slot_name = $1 AND coalesce(active_pid, $2) = $2`,
+		l.o.Slot, int64(walsender)).Scan(&now, &active)
 	switch {
+	case err == nil && !active:
+		l.o.Source.Reset()
+		return fmt.Errorf("slot %s isn't read by process %d any more: it ended at once (the server's log says why), or database.url and database.replication_url reach different servers", l.o.Slot, walsender)
 	case errors.Is(err, pgx.ErrNoRows):
 		l.o.Source.Reset()
 		return fmt.Errorf("database.url and database.replication_url reach different servers, or a pooler stands between: slot %s is read by process %d on one, and not on the other", l.o.Slot, walsender)

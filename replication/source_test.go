@@ -112,13 +112,29 @@ func TestPublicationGapOfAnOpenTransaction(t *testing.T) {
 	}
 }
 
-// TestUndecodableWALSaysWhatToDo: PostgreSQL itself may fail to decode what it wrote, and then fails again and again.
-func TestUndecodableWALSaysWhatToDo(t *testing.T) {
+// TestUndecodableWALIsALostSlot: PostgreSQL may fail to decode what it wrote, and then fails again and again.
+func TestUndecodableWALIsALostSlot(t *testing.T) {
 	t.Parallel()
 	s := &stream{received: 0x12}
-	for code, remedy := range map[string]bool{"22P03": true, "XX000": true, "57P01": false, "53100": false, "58030": false, "": true} {
-		if err := s.ended(&pgconn.PgError{Code: code}); strings.Contains(err.Error(), "drop the replication slot") != remedy {
-			t.Errorf("%s: %v", code, err)
+	for code, lost := range map[string]bool{"22P03": true, "XX000": true, "57P01": false, "53100": false, "58030": false, "": true} {
+		l := &Leader{}
+		err := s.ended(&pgconn.PgError{Code: code})
+		for n := range undecodableTries {
+			if l.unreadable != "" {
+				t.Errorf("%q counts as lost after %d failures", code, n)
+			}
+			l.judgeSlot(err)
+			l.judgeSlot(errStalled) // says nothing about the WAL
 		}
+		if (l.unreadable != "") != lost {
+			t.Errorf("%q: unreadable because %q", code, l.unreadable)
+		}
+	}
+	l := &Leader{}
+	for n := range 3 * undecodableTries {
+		l.judgeSlot(s.ended(&pgconn.PgError{Code: "XX000", Message: []string{"a", "b"}[n%2]}))
+	}
+	if l.unreadable != "" {
+		t.Error("failures of different kinds count together")
 	}
 }

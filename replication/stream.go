@@ -155,15 +155,25 @@ func (s *stream) run(ctx context.Context) error {
 	return nil
 }
 
-// ended says what it means that the server ended the stream. A server that stops, or has a fault of its own, is one thing; WAL
-// that it can't decode will not be decoded the next time either.
+// ended tells a server that stops or lacks something from one that can't decode its WAL: it won't the next time either.
 func (s *stream) ended(cause *pgconn.PgError) error {
-	err := fmt.Errorf("the server ended the replication stream: %w", cause)
-	if slices.Contains([]string{"08", "53", "55", "57", "58"}, cause.Code[:min(2, len(cause.Code))]) {
-		return err
+	if !slices.Contains([]string{"08", "53", "55", "57", "58"}, cause.Code[:min(2, len(cause.Code))]) && !publicationMissing(cause) {
+		return &undecodableError{cause, s.received}
 	}
-	return fmt.Errorf("%w: PostgreSQL can't decode its WAL after %s. Should this stay so, stop walgate, drop the replication slot (SELECT pg_drop_replication_slot) and start walgate: a new history begins, and clients resynchronise by themselves", err, s.received)
+	return fmt.Errorf("the server ended the replication stream: %w", cause)
 }
+
+// undecodableError: PostgreSQL itself fails to decode what it wrote, as for tables that were altered while the slot was made.
+type undecodableError struct {
+	cause *pgconn.PgError
+	after changelog.LSN
+}
+
+func (e *undecodableError) Error() string {
+	return fmt.Sprintf("PostgreSQL can't decode its WAL after %s (if this stays so, a new slot is made and clients resynchronise): %v", e.after, e.cause)
+}
+
+func (e *undecodableError) Unwrap() error { return e.cause }
 
 // tick runs at least once a status interval, whatever else goes on.
 func (s *stream) tick(ctx context.Context) error {
