@@ -94,9 +94,9 @@ var firstDeaths = []death{
 // transaction.
 func (k *killing) deaths() []death {
 	list := []death{{failpoint.SlotTaken, 1}, {failpoint.LogClaiming, 1}, {failpoint.LogClaimed, 1}, {failpoint.HistoryNoted, 1}}
-	for at, most := range map[failpoint.Point]int{failpoint.Received: 8000, failpoint.Decoded: 8000, failpoint.HandedOver: 9, failpoint.Appended: 7,
-		failpoint.Committing: 5, failpoint.CommitSent: 5, failpoint.Committed: 5, failpoint.Announced: 5, failpoint.Acknowledging: 1, failpoint.Acknowledged: 1} {
-		list = append(list, death{at, 1}, death{at, 2 + k.rng.IntN(most)})
+	for _, d := range []death{{failpoint.Received, 8000}, {failpoint.Decoded, 8000}, {failpoint.HandedOver, 9}, {failpoint.Appended, 7},
+		{failpoint.Committing, 5}, {failpoint.CommitSent, 5}, {failpoint.Committed, 5}, {failpoint.Announced, 5}, {failpoint.Acknowledging, 1}, {failpoint.Acknowledged, 1}} {
+		list = append(list, death{d.at, 1}, death{d.at, 2 + k.rng.IntN(d.hit)})
 	}
 	k.rng.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
 	return list

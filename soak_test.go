@@ -84,11 +84,7 @@ func (s *soak) load(n uint64, phase time.Duration) {
 	defer cancel()
 	var beside sync.WaitGroup
 	beside.Go(func() { s.sample(ctx, n) })
-	beside.Go(func() {
-		if err := s.expire(ctx, n); err != nil && ctx.Err() == nil {
-			s.t.Errorf("expire the log's past: %v", err)
-		}
-	})
+	beside.Go(func() { s.expire(ctx, n) })
 	rng := s.v.rng(n + 1)
 	s.v.run(ctx, n, n%2 == 0, func(ctx context.Context) {
 		for ctx.Err() == nil && !s.t.Failed() {
@@ -100,19 +96,19 @@ func (s *soak) load(n uint64, phase time.Duration) {
 
 // expire gives the log an empty partition of a past day and lets it expire, twice as the leader does: the first call
 // raises the floors, the second one drops it.
-func (s *soak) expire(ctx context.Context, n uint64) error {
+func (s *soak) expire(ctx context.Context, n uint64) {
 	pause(ctx, s.phase/2)
 	span := changelog.VersionAt(time.Date(2020, 1, 2, 0, 0, 0, 0, time.UTC)) - changelog.VersionAt(time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC))
 	lower := changelog.VersionAt(time.Date(2021, 1, 1, 0, 0, 0, 0, time.UTC)) + span*changelog.Version(n)
 	for _, table := range []string{"changes", "transactions"} {
-		if err := s.v.askAt(ctx, s.v.storage, nil, fmt.Sprintf(`CREATE TABLE walgate.%s_%016x PARTITION OF walgate.%[1]s FOR VALUES FROM (%[2]d) TO (%[3]d)`, table, int64(lower), int64(lower+span))); err != nil {
-			return err
+		for err := error(errAway); err != nil && ctx.Err() == nil; pause(ctx, 20*time.Millisecond) { // the log's server may be away
+			err = s.v.askAt(ctx, s.v.storage, nil, fmt.Sprintf(`CREATE TABLE IF NOT EXISTS walgate.%s_%016x PARTITION OF walgate.%[1]s FOR VALUES FROM (%[2]d) TO (%[3]d)`, table, int64(lower), int64(lower+span)))
 		}
 	}
 	var dropped []string
 	for droppable := changelog.Version(0); len(dropped) == 0; pause(ctx, 100*time.Millisecond) {
 		if ctx.Err() != nil {
-			return nil // the next phase's call drops it
+			return // the next phase's call drops it
 		}
 		next, gone, err := s.log.Expire(ctx, time.Now(), droppable)
 		if err != nil { // the log's server may be away
@@ -121,7 +117,6 @@ func (s *soak) expire(ctx context.Context, n uint64) error {
 		droppable, dropped = next, gone
 	}
 	s.v.count("log partition expired")
-	return nil
 }
 
 // sample measures every few seconds while ctx lasts.
