@@ -30,7 +30,7 @@ const (
 	convergenceRounds   = 3
 	convergenceRound    = 3 * time.Second
 	convergenceWriters  = 5
-	convergenceLimit    = 30 * time.Second // for clients to hold what SELECT returns, once writes have stopped
+	convergenceLimit    = 90 * time.Second // for clients to hold what SELECT returns, once writes have stopped
 	convergenceSecret   = "0123456789abcdef0123456789abcdef"
 )
 
