@@ -145,7 +145,9 @@ func (s *sockets) take(one *socket, data []byte) error {
 		if size == 0 {
 			break
 		}
-		if err := s.frame(kind, payload, now); err != nil {
+		if kind == websocket.PingMessage {
+			pong(one.fd, payload)
+		} else if err := s.frame(kind, payload, now); err != nil {
 			return err
 		}
 		data = data[size:]
@@ -154,6 +156,12 @@ func (s *sockets) take(one *socket, data []byte) error {
 		one.rest = nil
 	}
 	return nil
+}
+
+// pong answers a ping: the server gives up who doesn't. It is let go where the socket can't take it just now.
+func pong(fd int, payload []byte) {
+	frame := append([]byte{0x80 | websocket.PongMessage, 0x80 | byte(len(payload)), 0, 0, 0, 0}, payload...) // masked with zeros
+	syscall.Write(fd, frame)
 }
 
 // parseFrame returns the first frame and its size; 0: it isn't whole.
