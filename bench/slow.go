@@ -57,16 +57,17 @@ func (s *slowReaders) frames() int64 {
 
 func (s *slowReaders) subject(i int) string { return strconv.Itoa(i % slowOwners) }
 
-func (s *slowReaders) open() (*sockets, error) {
+func (s *slowReaders) open(ctx context.Context) (*sockets, error) {
 	clients, err := newSockets(nil)
 	if err == nil {
-		clients.small, clients.lenient = true, true
+		clients.small = true
+		clients.reopen = func(i int) (*socket, error) { return clients.subscribe(ctx, s.d.gateway, s.subject(i), s.since) }
 	}
 	return clients, err
 }
 
 func (s *slowReaders) standStillLive(ctx context.Context) (r result, err error) {
-	clients, err := s.open()
+	clients, err := s.open(ctx)
 	if err != nil {
 		return r, err
 	}
@@ -107,7 +108,7 @@ func (s *slowReaders) standStillLive(ctx context.Context) (r result, err error) 
 }
 
 func (s *slowReaders) standStillCatchingUp(ctx context.Context) (r result, err error) {
-	clients, err := s.open()
+	clients, err := s.open(ctx)
 	if err != nil {
 		return r, err
 	}
@@ -143,9 +144,9 @@ func (s *slowReaders) readAll(ctx context.Context, clients *sockets) string {
 		}
 	}
 	if err := clients.wait(ctx, &clients.changes, s.frames()); err != nil {
-		return fmt.Sprintf("NOT everybody was served: %v; %d were closed", err, clients.refused.Load())
+		return fmt.Sprintf("NOT everybody was served: %v; %d were closed for standing still", err, clients.refused.Load())
 	}
-	return fmt.Sprintf("everybody got everything (%d frames in %.1f s), %d were closed", clients.changes.Load(), time.Since(began).Seconds(), clients.refused.Load())
+	return fmt.Sprintf("everybody got everything (%d frames in %.1f s), %d were closed for standing still and came again", clients.changes.Load(), time.Since(began).Seconds(), clients.refused.Load())
 }
 
 // metric returns the value of one of walgate's metrics.

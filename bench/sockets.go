@@ -24,12 +24,14 @@ type sockets struct {
 	changes  atomic.Int64
 	ready    atomic.Int64
 	refused  atomic.Int64  // sockets that the server closed, where that is let through
-	lenient  bool          // the server may close sockets
 	small    bool          // sockets take little before they are read
 	bell     chan struct{} // capacity 1: a count has reached what is waited for
 	want     atomic.Int64
 	failed   chan error
 	poller   *poller
+	// reopen, if set, opens another socket for one that the server closed, which gets everything again.
+	reopen    func(i int) (*socket, error)
+	reopening sync.WaitGroup
 
 	mu   sync.Mutex
 	open []*socket
@@ -38,6 +40,8 @@ type sockets struct {
 // socket is one of them; only the poller's goroutine touches it once it is open.
 type socket struct {
 	fd   int
+	i    int    // its number
+	got  int64  // changes
 	rest []byte // of a frame that hasn't come whole
 }
 
@@ -51,18 +55,35 @@ func newSockets(onChange func([]byte, time.Time)) (*sockets, error) {
 		if err == nil {
 			return true
 		}
-		if s.lenient {
+		if s.reopen != nil {
 			s.refused.Add(1)
-			s.ring()
+			s.changes.Add(-one.got)
+			s.reopening.Go(func() { s.replace(one.i) })
 			return false
 		}
-		select {
-		case s.failed <- err:
-		default:
-		}
+		s.fail(err)
 		return false
 	})
 	return s, err
+}
+
+func (s *sockets) fail(err error) {
+	select {
+	case s.failed <- err:
+	default:
+	}
+}
+
+// replace opens another socket in the place of a closed one.
+func (s *sockets) replace(i int) {
+	one, err := s.reopen(i)
+	if err == nil {
+		one.i = i
+		err = s.poller.add(one)
+	}
+	if err != nil {
+		s.fail(err)
+	}
 }
 
 func (s *sockets) len() int {
@@ -127,6 +148,7 @@ func (s *sockets) openAll(ctx context.Context, n int, connect func(ctx context.C
 			if err != nil {
 				return err
 			}
+			one.i = i
 			return then(one)
 		})
 	}
@@ -147,7 +169,7 @@ func (s *sockets) take(one *socket, data []byte) error {
 		}
 		if kind == websocket.PingMessage {
 			pong(one.fd, payload)
-		} else if err := s.frame(kind, payload, now); err != nil {
+		} else if err := s.frame(one, kind, payload, now); err != nil {
 			return err
 		}
 		data = data[size:]
@@ -188,7 +210,7 @@ func parseFrame(b []byte) (kind int, payload []byte, size int) {
 	return int(b[0] & 0x0f), b[from : from+length], from + length
 }
 
-func (s *sockets) frame(kind int, payload []byte, at time.Time) error {
+func (s *sockets) frame(one *socket, kind int, payload []byte, at time.Time) error {
 	switch {
 	case kind == websocket.CloseMessage:
 		return fmt.Errorf("closed by the server: %q", payload)
@@ -196,6 +218,7 @@ func (s *sockets) frame(kind int, payload []byte, at time.Time) error {
 		if s.onChange != nil {
 			s.onChange(payload, at)
 		}
+		one.got++
 		s.count(&s.changes)
 	case bytes.HasPrefix(payload, []byte(`{"type":"ready"`)):
 		s.count(&s.ready)
@@ -219,7 +242,7 @@ func (s *sockets) ring() {
 }
 
 // waitMost is how long frames that are on their way may take.
-const waitMost = 3 * time.Minute
+const waitMost = 5 * time.Minute
 
 // wait waits until a count has reached want.
 func (s *sockets) wait(ctx context.Context, n *atomic.Int64, want int64) error {
@@ -229,9 +252,6 @@ func (s *sockets) wait(ctx context.Context, n *atomic.Int64, want int64) error {
 	for n.Load() < want {
 		select {
 		case <-s.bell:
-			if closed := s.refused.Load(); closed > 0 {
-				return fmt.Errorf("the server closed %d sockets before %d of %d frames had come", closed, want-n.Load(), want)
-			}
 		case err := <-s.failed:
 			return err
 		case <-timeout.C:
@@ -262,6 +282,7 @@ func (s *sockets) follow(ctx context.Context, g *gateway, n int, since string, s
 
 func (s *sockets) close() error {
 	err := s.poller.close()
+	s.reopening.Wait()
 	for _, one := range s.open {
 		syscall.Close(one.fd)
 	}
