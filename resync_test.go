@@ -23,7 +23,7 @@ import (
 	"github.com/walgate/walgate/replication"
 )
 
-const resyncWait = 30 * time.Second // Far above what anything here takes, but for a fault.
+const resyncWait = 90 * time.Second // Far above what anything here takes, but for a fault.
 
 // resyncGateway is a gateway over a test's database, with a client's view of it.
 type resyncGateway struct {

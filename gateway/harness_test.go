@@ -36,7 +36,7 @@ func TestMain(m *testing.M) {
 }
 
 // patience bounds every wait of these tests; a test that reaches it has failed.
-const patience = 30 * time.Second
+const patience = 90 * time.Second
 
 const testTables = `
 CREATE TABLE todos (id bigint PRIMARY KEY, owner text, team int, title text NOT NULL DEFAULT '', archived bool NOT NULL DEFAULT false);

@@ -23,7 +23,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(pgserver.Main(m)) }
 
-const patience = 30 * time.Second
+const patience = 90 * time.Second
 
 // logBuffer keeps what is logged, for the failure messages and for tests of warnings.
 type logBuffer struct {
