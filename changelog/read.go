@@ -100,6 +100,9 @@ func (l *Log) page(ctx context.Context, r Request, query func(*pgx.Batch, int) *
 		if p.Withheld > 0 {
 			return p, nil
 		}
+		if limit > r.Limit && firstOnly(p) {
+			return p, nil
+		}
 		full := len(p.Entries) > limit
 		heavy := bytes >= r.MaxBytes && len(p.Entries) > 0
 		if !full && !heavy {
@@ -142,6 +145,23 @@ func cut(p *Page) bool {
 		return true
 	}
 	return false
+}
+
+// firstOnly cuts what was read beyond the limit to find the end of a single version; false: there is nothing beyond it yet.
+func firstOnly(p *Page) bool {
+	i := 0
+	for i < len(p.Entries) && p.Entries[i].Version == p.Entries[0].Version {
+		i++
+	}
+	if i == len(p.Entries) {
+		return false
+	}
+	next := p.Entries[i]
+	p.Entries, p.Last, p.More = p.Entries[:i], next.Tx-1, true
+	if p.Partial = next.Tx == p.Entries[0].Tx; p.Partial {
+		p.Last = p.Entries[0].Version
+	}
+	return true
 }
 
 func singleVersion(entries []Entry) bool {
