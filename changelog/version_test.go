@@ -174,3 +174,25 @@ func BenchmarkParseCursor(b *testing.B) {
 		}
 	}
 }
+
+// TestTimeTextIsThatOfPackageTime: every day up to the year 9999 at an odd time of day, and random moments.
+func TestTimeTextIsThatOfPackageTime(t *testing.T) {
+	t.Parallel()
+	check := func(ms int64) {
+		want := time.UnixMilli(ms).UTC().Format(timeLayout)
+		if got := string(appendTime(nil, ms)); got != want {
+			t.Fatalf("%d: %s, want %s", ms, got, want)
+		}
+	}
+	for ms := int64(epochMillis); ms < 253402300800000; ms += 86_400_000 - 1 {
+		check(ms)
+	}
+	rapid.Check(t, func(rt *rapid.T) { check(rapid.Int64Range(0, 253402300799999).Draw(rt, "ms")) })
+}
+
+func BenchmarkVersionText(b *testing.B) {
+	v, buf := VersionAt(time.Date(2026, 5, 2, 15, 0, 0, 0, time.UTC)), make([]byte, 0, 64)
+	for b.Loop() {
+		buf = v.AppendText(buf[:0], "a1b2")
+	}
+}

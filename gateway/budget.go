@@ -14,6 +14,7 @@ type budget struct {
 	frames *semaphore.Weighted
 	pages  *semaphore.Weighted
 	held   atomic.Int64 // of both
+	paged  atomic.Int64 // of it, pages
 }
 
 func newBudget(size int64) *budget {
@@ -35,6 +36,7 @@ func (b *budget) acquire(ctx context.Context, n int) (*lease, error) {
 		return nil, err
 	}
 	b.held.Add(size)
+	b.paged.Add(size)
 	return &lease{b, size}, nil
 }
 
@@ -43,6 +45,7 @@ func (l *lease) shrink(n int) {
 	if more := l.size - int64(n); more > 0 {
 		l.size -= more
 		l.budget.held.Add(-more)
+		l.budget.paged.Add(-more)
 		l.budget.pages.Release(more)
 	}
 }
@@ -56,7 +59,7 @@ func (l *lease) release() {
 
 // share is how large a page of a stream that catches up should be: small where many are sent at a time.
 func (b *budget) share(most int) int {
-	return min(most, max(leastPage, int(b.half-b.held.Load())/64))
+	return min(most, max(leastPage, int(b.half-b.paged.Load())/64))
 }
 
 // leastPage is the bytes of documents that a page of a stream that catches up may have even if memory is short.
