@@ -1,6 +1,7 @@
 package changelog
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -48,6 +49,7 @@ type ClaimedCollection struct {
 	Name        string
 	Fingerprint string
 	Shape       string
+	RaisedShape string // what is stored for Shape where the claim raises the floor
 	Retention   time.Duration
 	// Empty says that the table had no rows when looked at after the slot existed: the log reaches back to its beginning.
 	Empty bool
@@ -271,6 +273,7 @@ func claimCollections(ctx context.Context, tx pgx.Tx, c Claim, out *Claimed) err
 		}
 		if old != nil && f > old.Floor {
 			out.Raised = append(out.Raised, want.Name+": "+reason)
+			want.Shape = cmp.Or(want.RaisedShape, want.Shape)
 		}
 		var st Collection
 		err := tx.QueryRow(ctx, `INSERT INTO walgate.collections (name, fingerprint, shape, floor, floor_reason, retention) VALUES ($1, $2, $3, $4, $5, $6)

@@ -325,7 +325,7 @@ func (l *Leader) claimed(ctx context.Context, conn *pgx.Conn) []changelog.Claime
 	}
 	for _, c := range d.Set.Collections {
 		out = append(out, changelog.ClaimedCollection{
-			Name: c.Name, Fingerprint: c.Fingerprint, Shape: c.Table.Shape(), Retention: c.Retention,
+			Name: c.Name, Fingerprint: c.Fingerprint, Shape: c.Table.Shape(), RaisedShape: schema.OpenGap(c.Table.Shape()), Retention: c.Retention,
 			Empty: isEmpty(ctx, conn, c.Table), Keep: c.Table.KeepsShape,
 		})
 	}
@@ -370,11 +370,10 @@ func (l *Leader) stream(ctx context.Context, conn *pgconn.PgConn, appender *chan
 	}
 	t := &tenure{leader: l, ids: map[string]changelog.Collection{}, halted: map[string]bool{}, gaps: map[string]uint64{}}
 	for _, col := range c.Collections {
+		if shape := schema.CloseGap(col.Shape); shape != col.Shape {
+			t.gaps[col.Name], col.Shape = 0, shape
+		}
 		t.ids[col.Name] = col
-	}
-	for _, raised := range c.Raised { // the claim doesn't tell why shapes differ
-		name, _, _ := strings.Cut(raised, ": ")
-		t.gaps[name] = 0
 	}
 	s := &stream{
 		conn: conn, timing: l.o.timing, queue: queue, logged: appender.Logged, stats: l.o.Stats, log: l.o.Logger, resolve: t.resolve,

@@ -85,6 +85,15 @@ func TestSynchronousStandbyIsRefused(t *testing.T) {
 // gap was noticed, without the changes of the gap.
 func TestPublicationGapOfAnOpenTransaction(t *testing.T) {
 	t.Parallel()
+	for name, leaders := range map[string]int{"one leader": 1, "another leader meanwhile": 2, "two others": 3} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			publicationGap(t, leaders)
+		})
+	}
+}
+
+func publicationGap(t *testing.T, leaders int) {
 	s := newSource(t, setup{before: itemsTable, specs: itemsSpec(), every: 20 * time.Millisecond})
 	s.exec(`INSERT INTO items VALUES (1), (2)`)
 	before := s.settle().Version
@@ -100,6 +109,12 @@ func TestPublicationGapOfAnOpenTransaction(t *testing.T) {
 	s.exec(`ALTER PUBLICATION walgate ADD TABLE items`)
 	noticed := s.awaitRaise("items", before).Floor
 	s.await("the collection goes on", func() bool { return s.collection("items").Stopped == "" })
+	for range leaders - 1 {
+		s.stop()
+		s.start()
+		s.settle()
+	}
+	noticed = s.collection("items").Floor
 	exec(`INSERT INTO items VALUES (3); COMMIT`)
 	committed := s.settle().Version
 	if c := s.awaitRaise("items", max(noticed, committed-1)); !strings.Contains(c.FloorReason, "transactions were open") {

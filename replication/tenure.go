@@ -207,6 +207,9 @@ func (t *tenure) compare(d *Definitions) (raises []changelog.Raise, other string
 		if !c.Table.KeepsPublication(stored.Shape) {
 			t.gaps[c.Name] = 0
 		}
+		if _, open := t.gaps[c.Name]; open {
+			r.Shape = schema.OpenGap(shape)
+		}
 		if stored.Stopped != "" {
 			r.Reason, r.SetStopped = "was stopped: "+stored.Stopped, true
 		} else if healed {
@@ -246,11 +249,12 @@ func (t *tenure) closeGaps(ctx context.Context) (raises []changelog.Raise) {
 		switch {
 		case below == 0 && oldest == next: // none is open: the first raise covers all
 			delete(t.gaps, name)
+			raises = append(raises, changelog.Raise{Collection: t.ids[name].ID, Shape: t.ids[name].Shape})
 		case below == 0:
 			t.gaps[name] = uint64(next)
 		case uint64(oldest) >= below:
 			delete(t.gaps, name)
-			raises = append(raises, changelog.Raise{Collection: t.ids[name].ID, Reason: "the publication changed while transactions were open"})
+			raises = append(raises, changelog.Raise{Collection: t.ids[name].ID, Shape: t.ids[name].Shape, Reason: "the publication changed while transactions were open"})
 		}
 	}
 	return raises

@@ -87,6 +87,16 @@ func (t *Table) KeepsShape(stored string) bool {
 	return true
 }
 
+// gapLine marks a stored shape: since it was taken, changes may still be missing.
+const gapLine = "gap open\n"
+
+// OpenGap marks a shape whose floor must rise once more, when the transactions that are open now have ended. It is stored
+// with the mark, so that whoever leads next keeps to that.
+func OpenGap(shape string) string { return CloseGap(shape) + gapLine }
+
+// CloseGap returns the shape without that mark.
+func CloseGap(shape string) string { return strings.TrimSuffix(shape, gapLine) }
+
 // KeepsPublication says whether the table is in the publication as it was at the stored shape, without a gap.
 func (t *Table) KeepsPublication(stored string) bool {
 	lines := strings.Split(stored, "\n")
