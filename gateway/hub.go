@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -39,6 +40,7 @@ type hub struct {
 	started chan struct{} // closed once head is set
 	touched []*subscriber // of the transaction being delivered; kept for its memory
 	partial []*subscriber // got an earlier part of it
+	joined  bool          // somebody did since the subscribers were last held against the collections' state
 	// checkpoints are the frames of the transaction that ends, by scope hash.
 	checkpoints map[string][]byte
 }
@@ -194,12 +196,17 @@ func (h *hub) adoptLocked(now *changelog.Head) {
 		close(h.started)
 		return
 	}
+	lost := now.Version >= old.Version && !now.Issued(old.Version) // what was handed out is
+	if now.History == old.History && !lost && !h.joined && slices.Equal(now.Collections, old.Collections) {
+		return // nobody can be cut off: whoever is here was looked at under the same state
+	}
+	h.joined = false
 	for s := range h.subs {
 		if now.History != old.History {
 			s.end(&resync{Collections: s.feed.names(), Reason: reasonHistory})
 			continue
 		}
-		if now.Version >= old.Version && !now.Issued(old.Version) { // what it was handed is lost
+		if lost {
 			s.end(&resync{Collections: s.feed.names(), Reason: reasonAhead})
 			continue
 		}
@@ -311,7 +318,7 @@ func (h *hub) join(s *subscriber, v changelog.Version) (from changelog.Version) 
 	if _, known := h.subs[s]; known {
 		return v
 	}
-	h.subs[s] = struct{}{}
+	h.subs[s], h.joined = struct{}{}, true
 	s.slots = make([]int, len(s.feed.scopes))
 	for i, key := range s.feed.scopes {
 		s.slots[i] = len(h.scopes[key])
