@@ -369,7 +369,7 @@ func TestFullBusy(t *testing.T) {
 func TestFullFence(t *testing.T) {
 	t.Parallel()
 	var mode atomic.Int32
-	e := newEnv(t, setup{gateway: func(g *Gateway) { g.limits.fence = 100 * time.Millisecond }, options: func(o *Options) {
+	e := newEnv(t, setup{gateway: func(g *Gateway) { g.limits.fence = 2 * time.Second }, options: func(o *Options) {
 		fence := o.Fence
 		o.Fence = func(ctx context.Context) (changelog.LSN, error) {
 			lsn, err := fence(ctx)

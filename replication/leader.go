@@ -239,7 +239,7 @@ func (l *Leader) prepare(ctx context.Context) (*sourceState, error) {
 		return nil, fmt.Errorf("read the source's state: %w", err)
 	}
 	if standby {
-		return nil, errors.New("the source is a standby, which can't be followed: waiting until it is promoted; else let database.url name the primary")
+		return nil, errStandby
 	}
 	_, exists, err := schema.PublishedTables(short, conn, l.o.Publications)
 	if err != nil {

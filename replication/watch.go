@@ -172,15 +172,20 @@ func (w *Watcher) OnChange(f func()) (remove func()) {
 // layout from there.
 func (w *Watcher) knows(at changelog.LSN) bool { return uint64(at) < w.known.Load() }
 
+var errStandby = errors.New("the source is a standby, which can't be followed: waiting until it is promoted; else let database.url name the primary")
+
 // loadCatalog reads everything in one snapshot: two halves of different times would hide what changed in between.
 func (w *Watcher) loadCatalog(ctx context.Context) (cat *schema.Catalog, err error) {
-	var at int64
-	if err := w.pool.QueryRow(ctx, `SELECT (pg_current_wal_insert_lsn() - '0/0')::int8`).Scan(&at); err != nil {
+	var at *int64
+	if err := w.pool.QueryRow(ctx, `SELECT CASE WHEN NOT pg_is_in_recovery() THEN (pg_current_wal_insert_lsn() - '0/0')::int8 END`).Scan(&at); err != nil {
 		return nil, err
+	}
+	if at == nil {
+		return nil, errStandby
 	}
 	defer func() {
 		if err == nil {
-			w.known.Store(uint64(at))
+			w.known.Store(uint64(*at))
 		}
 	}()
 	err = pgx.BeginTxFunc(ctx, w.pool, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
