@@ -324,6 +324,10 @@ func (l *Leader) claimed(ctx context.Context, conn *pgx.Conn) []changelog.Claime
 		out = append(out, changelog.ClaimedCollection{Name: name, Stopped: why})
 	}
 	for _, c := range d.Set.Collections {
+		if bare := withoutFull(c); bare != "" { // its next row would stop it
+			out = append(out, changelog.ClaimedCollection{Name: c.Name, Stopped: withoutFullReason(bare)})
+			continue
+		}
 		out = append(out, changelog.ClaimedCollection{
 			Name: c.Name, Fingerprint: c.Fingerprint, Shape: c.Table.Shape(), RaisedShape: schema.OpenGap(c.Table.Shape()), Retention: c.Retention,
 			Empty: isEmpty(ctx, conn, c.Table), Keep: c.Table.KeepsShape,
@@ -401,6 +405,9 @@ func (l *Leader) stream(ctx context.Context, conn *pgconn.PgConn, appender *chan
 	})
 	g.Go(func() error { return l.care(gctx, conn.PID(), c.Epoch) })
 	err := g.Wait()
+	if conn.IsClosed() { // pgconn may still be taking leave of it
+		return err
+	}
 	if ferr := s.sendStatus(); err == nil && ctx.Err() == nil {
 		err = ferr
 	}

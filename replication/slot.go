@@ -81,11 +81,18 @@ func createSlot(ctx context.Context, conn *pgx.Conn, name string, log *slog.Logg
 	defer stop()
 	sql := fmt.Sprintf(`SELECT (lsn - '0/0')::int8 FROM %s`, slotCall(`$1`, major(conn)))
 	var lsn int64
-	if err := cancelled(ctx, conn, func(ctx context.Context) error { return conn.QueryRow(ctx, sql, name).Scan(&lsn) }); err != nil {
+	if err := cancelled(ctx, conn, func(ctx context.Context) error { return conn.QueryRow(ctx, sql, name).Scan(&lsn) }); slotExists(err) {
+		return EnsureSlot(ctx, conn, name, log, waiting) // somebody else was quicker: init beside a gateway
+	} else if err != nil {
 		return Slot{}, fmt.Errorf("create replication slot %s (needs wal_level = logical, a free slot, and the REPLICATION attribute): %w", name, err)
 	}
 	failpoint.Here(failpoint.SlotMade)
 	return Slot{Created: true, Confirmed: changelog.LSN(lsn)}, nil
+}
+
+func slotExists(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg) && pg.Code == "42710" // duplicate_object
 }
 
 // cancelled runs a statement that may wait for very long. When ctx ends, the server is told to cancel it: one whose client

@@ -117,12 +117,15 @@ func TestReconnectAfterTheWalsenderWasKilled(t *testing.T) {
 	s := newSource(t, setup{})
 	s.exec(`INSERT INTO items VALUES (1)`)
 	history := s.settle().History
+	last := 0 // a walsender says goodbye before it lets go of the slot
 	for i := 2; i < 5; i++ {
 		reconnects := s.stats.Reconnects.Load()
-		s.await("a walsender was killed", func() bool {
-			var killed bool
-			err := s.conn.QueryRow(t.Context(), `SELECT coalesce((SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1 AND active_pid IS NOT NULL), false)`, s.slot).Scan(&killed)
-			return err == nil && killed
+		s.await("another walsender was killed", func() bool {
+			pid := last
+			err := s.conn.QueryRow(t.Context(), `SELECT active_pid FROM pg_replication_slots WHERE slot_name = $1 AND active_pid <> $2 AND pg_terminate_backend(active_pid)`, s.slot, last).Scan(&pid)
+			killed := err == nil && pid != last
+			last = pid
+			return killed
 		})
 		s.exec(`INSERT INTO items VALUES ($1)`, i)
 		s.await("it reconnects", func() bool { return s.stats.Reconnects.Load() > reconnects })

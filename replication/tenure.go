@@ -196,7 +196,11 @@ func (t *tenure) compare(d *Definitions) (raises []changelog.Raise, other string
 		if !ok || stored.Fingerprint != c.Fingerprint {
 			return nil, c.Name
 		}
-		shape, healed := c.Table.Shape(), t.halted[c.Name] && withoutFull(c) == ""
+		full := withoutFull(c) == ""
+		if !full && stored.Stopped != "" {
+			continue // as it was when the log was taken over
+		}
+		shape, healed := c.Table.Shape(), t.halted[c.Name] && full
 		if stored.Shape == shape && stored.Stopped == "" && !healed {
 			continue
 		}

@@ -359,7 +359,7 @@ func impaired(set *policies.Set, user string) map[string]string {
 		t := c.Table
 		switch bare := withoutFull(c); {
 		case bare != "":
-			out[c.Name] = fmt.Sprintf("table %s has no REPLICA IDENTITY FULL, so changes of its rows can't be followed: run walgate init", bare)
+			out[c.Name] = withoutFullReason(bare)
 		case !t.Readable:
 			out[c.Name] = fmt.Sprintf("full resyncs fail because role %s may not read table %s: %s", user, t, schema.GrantRead(t, user))
 		case t.RowsHidden:
@@ -384,6 +384,10 @@ func withoutFull(c *policies.Collection) string {
 		}
 	}
 	return ""
+}
+
+func withoutFullReason(relation string) string {
+	return fmt.Sprintf("table %s has no REPLICA IDENTITY FULL, so changes of its rows can't be followed: run walgate init", relation)
 }
 
 // TableNames returns schema.name of every table that the specs name.
