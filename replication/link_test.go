@@ -69,7 +69,7 @@ func TestReplicationConnectionCut(t *testing.T) {
 // it, and the server frees the slot, though the database switches its own timeout off. When the network is back, or where
 // only the old connection is dead, everything goes on, once and in order.
 func TestReplicationConnectionStalled(t *testing.T) {
-	t.Parallel()
+	// Not parallel: its times are short, and a machine that is busy with other tests would break connections by itself.
 	for name, tc := range map[string]struct {
 		stall func(*badlink.Link)
 		stays bool // the network stays away until it is mended
@@ -115,7 +115,7 @@ func TestReplicationConnectionStalled(t *testing.T) {
 // TestReplicationConnectionSlow: far slower than the application writes, and one row takes longer to arrive than the
 // silence of a dead connection. Statuses go on, nothing times out, nothing piles up in the gateway, and it catches up.
 func TestReplicationConnectionSlow(t *testing.T) {
-	t.Parallel()
+	// Not parallel: its times are short, and a machine that is busy with other tests would break connections by itself.
 	s, link := newLinked(t, setup{timing: quick, before: `ALTER TABLE items ALTER body SET STORAGE EXTERNAL;`})
 	s.insert(3)
 	s.settle()
@@ -189,7 +189,7 @@ func (s *source) checkMemory(grown int64) {
 // TestSlowLog: the append stands still far longer than the server waits for a status ("gateway slow for an hour"). The same
 // walsender goes on, what it was told stays where the log is, the queue is full and no fuller, and who holds it up is said.
 func TestSlowLog(t *testing.T) {
-	t.Parallel()
+	// Not parallel: its times are short, and a machine that is busy with other tests would break connections by itself.
 	o := setup{timing: quick, patience: 300 * time.Millisecond}
 	hold := 6 * quick.sender
 	if longTests() {
