@@ -324,7 +324,7 @@ func (l *Leader) claimed(ctx context.Context, conn *pgx.Conn) []changelog.Claime
 		out = append(out, changelog.ClaimedCollection{Name: name, Stopped: why})
 	}
 	for _, c := range d.Set.Collections {
-		if bare := withoutFull(c); bare != "" { // its next row would stop it
+		if bare := l.o.Watcher.bare(c); bare != "" { // its next row would stop it
 			out = append(out, changelog.ClaimedCollection{Name: c.Name, Stopped: withoutFullReason(bare)})
 			continue
 		}

@@ -196,11 +196,15 @@ func (t *tenure) compare(d *Definitions) (raises []changelog.Raise, other string
 		if !ok || stored.Fingerprint != c.Fingerprint {
 			return nil, c.Name
 		}
-		full := withoutFull(c) == ""
-		if !full && stored.Stopped != "" {
-			continue // as it was when the log was taken over
+		if bare := t.leader.o.Watcher.bare(c); bare != "" { // its next row would stop it, and may have: with an older look at the catalog
+			if stored.Stopped == "" {
+				stored.Stopped = withoutFullReason(bare)
+				t.ids[c.Name] = stored
+				raises = append(raises, changelog.Raise{Collection: stored.ID, SetStopped: true, Stopped: stored.Stopped})
+			}
+			continue
 		}
-		shape, healed := c.Table.Shape(), t.halted[c.Name] && full
+		shape, healed := c.Table.Shape(), t.halted[c.Name] && withoutFull(c) == ""
 		if stored.Shape == shape && stored.Stopped == "" && !healed {
 			continue
 		}

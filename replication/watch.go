@@ -386,6 +386,14 @@ func withoutFull(c *policies.Collection) string {
 	return ""
 }
 
+// bare is withoutFull of what the watcher doesn't mend by itself.
+func (w *Watcher) bare(c *policies.Collection) string {
+	if w.autoInit {
+		return ""
+	}
+	return withoutFull(c)
+}
+
 func withoutFullReason(relation string) string {
 	return fmt.Sprintf("table %s has no REPLICA IDENTITY FULL, so changes of its rows can't be followed: run walgate init", relation)
 }
