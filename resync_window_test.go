@@ -185,3 +185,49 @@ func TestFullOfMovingRows(t *testing.T) {
 	}
 	replica.requireTable(t, conn, resyncItemsQuery)
 }
+
+// TestFullAcrossANewBeginning: the log, or the collection in it, begins anew while a full resync waits for its fence. What
+// was committed between its snapshot and the beginning is in neither: it must be read again.
+func TestFullAcrossANewBeginning(t *testing.T) {
+	t.Parallel()
+	const endReader = `SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE database = current_database() AND active_pid IS NOT NULL`
+	for name, begin := range map[string][2]string{
+		"a lost slot": {endReader, `DO $$BEGIN
+			PERFORM pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots WHERE database = current_database() AND active_pid IS NOT NULL;
+			PERFORM pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = current_database(); END$$`},
+		"a table that left the publication": {`ALTER PUBLICATION walgate DROP TABLE items`, `ALTER PUBLICATION walgate ADD TABLE items`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dsn := pgserver.ForTest(t).Database(t)
+			g := startResyncGateway(t, dsn, resyncItems, resyncItemsPolicy)
+			conn := connect(t, dsn)
+			resyncExec(t, conn, `INSERT INTO items VALUES (1, 1, 'before')`)
+			release := holdAppender(t, dsn)
+			answer := g.inBackground(t.Context(), "/sync/full")
+			resyncEventually(t, "a snapshot is held", func() bool { return resyncOpenSnapshots(t, conn) > 0 })
+			resyncExec(t, conn, begin[0])
+			resyncExec(t, conn, `INSERT INTO items VALUES (2, 1, 'between')`)
+			resyncEventually(t, "there is a new beginning", func() bool {
+				_, err := conn.Exec(t.Context(), begin[1])
+				return err == nil
+			})
+			release()
+			a := <-answer
+			replica := resyncReplica{}
+			last := "0"
+			if a.status == http.StatusOK {
+				replica.applyLines(t, strings.NewReader(string(a.body)))
+				last = a.last()
+			}
+			told := false
+			resyncEventually(t, "the client is told, or has the row", func() bool {
+				if !told {
+					cursor, ok := g.catchUp(t, conn, last, replica)
+					last, told = cursor, !ok
+				}
+				return told || len(replica) == 2
+			})
+		})
+	}
+}

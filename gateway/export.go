@@ -19,7 +19,8 @@ const (
 //
 // The first chunk's snapshot S decides L: with a fence passed after S was taken, everything that S shows is durable and
 // in the log, and L is the last version below the first logged transaction that S doesn't show. So S shows every
-// transaction up to L, pulling from L misses nothing, and later snapshots only show more.
+// transaction up to L, pulling from L misses nothing, and later snapshots only show more. Where the log, or a collection in
+// it, begins anew after S was taken, that doesn't hold: what was committed between S and the beginning is in neither.
 type export struct {
 	g     *Gateway
 	feed  *feed
@@ -45,11 +46,15 @@ func (x *export) begin(ctx context.Context, since *changelog.Cursor) error {
 		return x.resume(ctx)
 	}
 	for attempt := 1; ; attempt++ {
+		before, err := x.g.o.Log.Head(ctx)
+		if err != nil {
+			return x.g.logProblem(err)
+		}
 		s, err := x.open(ctx, x.feed.collections[0])
 		if err != nil {
 			return err
 		}
-		err = x.anchor(ctx, s, since, attempt == snapshotAttempts)
+		err = x.anchor(ctx, s, before, since, attempt == snapshotAttempts)
 		if err == nil {
 			x.first = s
 			return nil
@@ -61,8 +66,8 @@ func (x *export) begin(ctx context.Context, since *changelog.Cursor) error {
 	}
 }
 
-// anchor finds L for a snapshot.
-func (x *export) anchor(ctx context.Context, s *snapshot, since *changelog.Cursor, lastAttempt bool) error {
+// anchor finds L for a snapshot that was taken after the log stood at before.
+func (x *export) anchor(ctx context.Context, s *snapshot, before *changelog.Head, since *changelog.Cursor, lastAttempt bool) error {
 	if err := x.passFence(ctx); err != nil {
 		return err
 	}
@@ -72,6 +77,12 @@ func (x *export) anchor(ctx context.Context, s *snapshot, since *changelog.Curso
 	}
 	if err := x.feed.usable(h); err != nil {
 		return err
+	}
+	if !x.feed.unbroken(before, h) {
+		if !lastAttempt {
+			return errRetry
+		}
+		return &Problem{Code: LogBehind, Detail: "the log begins anew, or a collection does, again and again", RetryAfter: 2 * time.Second}
 	}
 	last := h.Version
 	if first != 0 {

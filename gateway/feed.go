@@ -101,6 +101,20 @@ func stateOf(h *changelog.Head, name string) *changelog.Collection {
 	return nil
 }
 
+// unbroken says whether the log held every change of the collections from one head to the other.
+func (f *feed) unbroken(from, to *changelog.Head) bool {
+	if from.History != to.History {
+		return false
+	}
+	for _, c := range f.collections {
+		was, is := stateOf(from, c.Name), stateOf(to, c.Name)
+		if was == nil || is == nil || was.Floor != is.Floor || was.Stopped != is.Stopped {
+			return false
+		}
+	}
+	return true
+}
+
 // check says whether a client may continue from since; nil: it may. The head must be of the same snapshot as what was read.
 func (f *feed) check(since changelog.Cursor, h *changelog.Head) *resync {
 	r := &resync{}

@@ -191,5 +191,5 @@ func (x *export) resume(ctx context.Context) error {
 	return nil
 }
 
-// errRetry: the snapshot wasn't a prefix of the commit order; another may be.
-var errRetry = errors.New("the snapshot shows a later commit but not an earlier one")
+// errRetry: another snapshot may do.
+var errRetry = errors.New("the snapshot is no prefix of the commit order, or older than the log's beginning")
