@@ -22,6 +22,7 @@ type Binding struct {
 	soft     int // -1: none
 	scopes   [][]int
 	eval     *evaluation // nil: no filter
+	verify   *evaluation // of write.check; nil: none, or its columns are gone, which stops writes only
 
 	text             []byte // scratch of scope keys
 	oldKeys, newKeys []ScopeKey
@@ -65,6 +66,15 @@ func (c *Collection) Bind(cols []schema.Column) (*Binding, error) {
 		slices.Sort(l.missing)
 		return nil, fmt.Errorf("collection %s: its policy needs the columns %s of %s, which rows no longer have: correct the collection and restart",
 			c.Name, strings.Join(slices.Compact(l.missing), ", "), c.Table)
+	}
+	if c.check != nil {
+		at := make([]int, len(c.check.columns))
+		for i := range c.check.columns {
+			at[i] = l.find(c.check.columns[i].table)
+		}
+		if len(l.missing) == 0 {
+			b.verify = newEvaluation(c.check, at)
+		}
 	}
 	return b, b.bindDocument(l)
 }
@@ -190,7 +200,7 @@ func (b *Binding) check(row schema.Row) error {
 // failed or cost too much): the effects hold even so, the failing side counting as invisible.
 func (b *Binding) Route(dst []Effect, old, new schema.Row) ([]Effect, error) {
 	err := errors.Join(b.checkSide(&old), b.checkSide(&new))
-	oldLive, newLive := b.live(old), b.live(new)
+	oldLive, newLive := b.Live(old), b.Live(new)
 	before, after := oldLive, newLive
 	if b.eval != nil && !b.Collection.HasGuard() {
 		var e error
@@ -258,8 +268,8 @@ func (b *Binding) effects(dst []Effect, old, new schema.Row, before, after, live
 	return dst
 }
 
-// live says whether the row is there: not absent and not soft-deleted.
-func (b *Binding) live(row schema.Row) bool {
+// Live says whether the row is there: not absent and not soft-deleted.
+func (b *Binding) Live(row schema.Row) bool {
 	if row == nil {
 		return false
 	}
@@ -333,7 +343,7 @@ func (b *Binding) Sees(row schema.Row, c *Caller) (bool, error) {
 	if err := b.check(row); err != nil {
 		return false, err
 	}
-	if !b.live(row) {
+	if !b.Live(row) {
 		return false, nil
 	}
 	if b.eval == nil {

@@ -19,6 +19,7 @@ type Caller struct {
 	// ScopeHash is 8 hex digits over the claim values and roles that the policies name (design 5).
 	ScopeHash string
 
+	raw    map[string]any
 	claims ref.Val
 	views  []view // in the order of the Set's collections
 }
@@ -36,7 +37,7 @@ type view struct {
 // with numbers as json.Number; they must not be changed afterwards. A caller belongs to the Set that made it: to the
 // collections of another it sees nothing. The error is ErrTooManyScopes.
 func (s *Set) NewCaller(subject string, roles []string, claims map[string]any) (*Caller, error) {
-	caller := &Caller{Subject: subject, Roles: slices.Clone(roles)}
+	caller := &Caller{Subject: subject, Roles: slices.Clone(roles), raw: claims}
 	caller.ScopeHash = s.scopeHash(roles, claims)
 	caller.claims = adapter{}.NativeToValue(claims)
 	caller.views = make([]view, len(s.Collections))
@@ -48,7 +49,7 @@ func (s *Set) NewCaller(subject string, roles []string, claims map[string]any) (
 		if c.filter != nil {
 			v.judgeKey = string(appendClaims(nil, c.filter.claims, claims))
 		}
-		if !v.mayRead {
+		if !v.mayRead && !c.writes(roles) {
 			continue
 		}
 		if len(c.scopes) == 0 {
@@ -145,7 +146,7 @@ func (c *Caller) view(of *Collection) *view {
 // Scopes returns the scopes of the collection that the caller may see, each once: for a collection without scope the one
 // that is everybody's, for a caller who may not read it none. The slice is the Caller's own: don't change it.
 func (c *Caller) Scopes(of *Collection) []ScopeKey {
-	if v := c.view(of); v != nil {
+	if v := c.view(of); v != nil && v.mayRead {
 		return v.keys
 	}
 	return nil

@@ -45,7 +45,7 @@ func Compile(specs map[string]Spec, tables func(schema_, name string) *schema.Ta
 }
 
 func newCollection(name string, spec Spec) *Collection {
-	c := &Collection{Name: name, Spec: spec, Retention: spec.Retention, soft: -1, exclude: map[string]bool{}}
+	c := &Collection{Name: name, Spec: spec, Retention: spec.Retention, soft: -1, exclude: map[string]bool{}, writable: map[string]bool{}}
 	if c.Retention == 0 {
 		c.Retention = defaultRetention
 	}
@@ -117,6 +117,7 @@ func (k *compiler) compile(tables func(schema_, name string) *schema.Table, all 
 	default:
 		k.fault("replica_identity", spec.ReplicaIdentity, `"full" or "default"`, didYouMean(spec.ReplicaIdentity, []string{"full", "default"}))
 	}
+	k.checkConflict()
 	if !k.findTable(tables, all) {
 		return
 	}
@@ -125,6 +126,7 @@ func (k *compiler) compile(tables func(schema_, name string) *schema.Table, all 
 	k.compileSoftDelete()
 	k.compileScope()
 	k.compileWhere()
+	k.compileWrite()
 	k.checkIdentity()
 	k.c.Fingerprint = fingerprint(k.c)
 }

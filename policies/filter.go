@@ -36,25 +36,28 @@ type filterColumn struct {
 	elem     valueKind // of a list
 }
 
-func (k *compiler) compileWhere() {
-	where := k.c.Spec.Where
-	if strings.TrimSpace(where) == "" {
-		return
+func (k *compiler) compileWhere() { k.c.filter = k.compileFilter("where", k.c.Spec.Where) }
+
+// compileFilter compiles the expression of a key; nil where there is none, or it is faulty.
+func (k *compiler) compileFilter(key, text string) *filter {
+	if strings.TrimSpace(text) == "" {
+		return nil
 	}
-	const want = "a CEL expression over row and claims that gives true or false"
+	fault := func(got, hint string) *filter {
+		k.fault(key, got, "a CEL expression over row and claims that gives true or false", hint)
+		return nil
+	}
 	env, err := cel.NewCustomEnv(cel.StdLib(), cel.CustomTypeAdapter(adapter{}), cel.EnableIdentifierEscapeSyntax())
 	if err != nil {
-		k.fault("where", where, want, err.Error())
-		return
+		return fault(text, err.Error())
 	}
-	parsed, issues := env.Parse(where)
+	parsed, issues := env.Parse(text)
 	if issues.Err() != nil {
-		k.fault("where", where, want, oneLine(issues))
-		return
+		return fault(text, oneLine(issues))
 	}
-	f, ok := k.collectUses(parsed)
+	f, ok := k.collectUses(key, parsed)
 	if !ok {
-		return
+		return nil
 	}
 	options := []cel.EnvOption{cel.Variable("claims", cel.MapType(cel.StringType, cel.DynType))}
 	for _, col := range f.columns {
@@ -62,24 +65,19 @@ func (k *compiler) compileWhere() {
 	}
 	env, err = env.Extend(options...)
 	if err != nil {
-		k.fault("where", where, want, err.Error())
-		return
+		return fault(text, err.Error())
 	}
 	checked, issues := env.Check(parsed)
 	if issues.Err() != nil {
-		k.fault("where", where, want, oneLine(issues))
-		return
+		return fault(text, oneLine(issues))
 	}
 	if checked.OutputType().Kind() != types.BoolKind {
-		k.fault("where", where+", which gives "+plainTypes(checked.OutputType().String()), want, "compare it with something: … == true")
-		return
+		return fault(text+", which gives "+plainTypes(checked.OutputType().String()), "compare it with something: … == true")
 	}
-	f.program, err = newProgram(env, checked)
-	if err != nil {
-		k.fault("where", where, want, err.Error())
-		return
+	if f.program, err = newProgram(env, checked); err != nil {
+		return fault(text, err.Error())
 	}
-	k.c.filter = f
+	return f
 }
 
 // newProgram makes the evaluator. Counting the cost takes longer than most expressions, so it is left out where the
@@ -109,14 +107,15 @@ func plainTypes(message string) string { return wrapper.ReplaceAllString(message
 // that could name any column or claim would depend on all of them.
 type uses struct {
 	k       *compiler
+	key     string // of the configuration
 	columns map[int]bool
 	claims  map[string]bool
 	named   map[int64]bool // ids of row and claims identifiers that stand before a name
 	ok      bool
 }
 
-func (k *compiler) collectUses(parsed *cel.Ast) (*filter, bool) {
-	u := &uses{k: k, columns: map[int]bool{}, claims: map[string]bool{}, named: map[int64]bool{}, ok: true}
+func (k *compiler) collectUses(key string, parsed *cel.Ast) (*filter, bool) {
+	u := &uses{k: k, key: key, columns: map[int]bool{}, claims: map[string]bool{}, named: map[int64]bool{}, ok: true}
 	ast.PreOrderVisit(parsed.NativeRep().Expr(), ast.NewExprVisitor(u.visit))
 	f := &filter{}
 	for i, col := range k.c.Table.Columns {
@@ -189,7 +188,7 @@ func (u *uses) column(name string, presence bool) {
 
 func (u *uses) fault(got, want, hint string) {
 	u.ok = false
-	u.k.fault("where", got, want, hint)
+	u.k.fault(u.key, got, want, hint)
 }
 
 func isIdent(e ast.Expr, name string) bool { return e.Kind() == ast.IdentKind && e.AsIdent() == name }

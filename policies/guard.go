@@ -24,8 +24,8 @@ func (b *Binding) AppendGuard(dst []byte, old, new schema.Row) []byte {
 	if !b.Collection.HasGuard() {
 		return dst
 	}
-	oldLive := b.check(old) == nil && b.live(old)
-	newLive := b.check(new) == nil && b.live(new)
+	oldLive := b.check(old) == nil && b.Live(old)
+	newLive := b.check(new) == nil && b.Live(new)
 	oldMatters := oldLive && !(newLive && b.sameFilter(old, new) && b.sameScopes(old, new))
 	if !oldMatters && !newLive {
 		return dst

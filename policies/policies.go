@@ -27,6 +27,11 @@ type Spec struct {
 	Lossless        bool
 	ReplicaIdentity string        // "full" (default) or "default"
 	Retention       time.Duration // 0: 30 days
+
+	Write            *WriteSpec // nil: nobody writes
+	Conflict         string     // one of ConflictPolicies, or "function"; empty: last_write_wins
+	ConflictFunction string     // schema.name, of "function"
+	OnDeleted        string     // one of DeletePolicies; empty: resurrect_on_update
 }
 
 // ColumnsSpec names the columns to leave out.
@@ -107,6 +112,9 @@ type Collection struct {
 	soft     int           // position in Table.Columns, or -1
 	softBool bool          // true: deleted when true; false: deleted when not NULL
 	exclude  map[string]bool
+	writable map[string]bool
+	set      []setColumn // sorted by name
+	check    *filter     // of rows as written; nil: every row
 }
 
 // ScopedByCaller says whether what a caller sees depends on its claims or roles.
