@@ -68,13 +68,13 @@ func printSQL(ctx context.Context, cfg *Config, p *parts, out io.Writer) error {
 		return fmt.Errorf("connect to the source: %w", err)
 	}
 	defer conn.Release()
-	var migrated bool
-	if err := conn.QueryRow(ctx, `SELECT to_regclass('walgate.tables') IS NOT NULL`).Scan(&migrated); err != nil {
+	pending, err := schema.PendingMigrations(ctx, conn)
+	if err != nil {
 		return err
 	}
 	fmt.Fprintf(out, "-- What walgate init does in the source, to be run there in this order, each block as it stands.\n\n")
-	if !migrated {
-		fmt.Fprintf(out, "-- walgate's own tables\nBEGIN;\n%sCOMMIT;\n\n", schema.MigrationSQL())
+	if len(pending) > 0 {
+		fmt.Fprintf(out, "-- walgate's own tables\nBEGIN;\n%sCOMMIT;\n\n", schema.MigrationSQL(pending))
 	}
 	d := p.watcher.Current()
 	steps, err := replication.PlanFor(ctx, conn.Conn(), p.publications, d.Set, d.Catalog)

@@ -180,7 +180,8 @@ func checkRights(ctx context.Context, conn *pgx.Conn, cfg *Config, p *parts, why
 		}
 	}
 	if why != toPrepare {
-		return faults, nil
+		more, err := checkOwnTables(ctx, conn, quoted)
+		return append(faults, more...), err
 	}
 	if !prepared && !creates {
 		fault("database.url", "role "+role+" without the right to create in database "+database, "a role that may make schema walgate and the publications",
@@ -190,6 +191,11 @@ func checkRights(ctx context.Context, conn *pgx.Conn, cfg *Config, p *parts, why
 		fault("replication.slot", fmt.Sprintf("%d other replication slots, as many as max_replication_slots allows", slots), "a free one",
 			fmt.Sprintf("drop one that nobody needs (SELECT slot_name, active FROM pg_replication_slots), or set max_replication_slots = %d and restart the server", mostSlots+1))
 	}
+	more, err := checkUpgrade(ctx, conn, p, quoted)
+	if err != nil {
+		return nil, err
+	}
+	faults = append(faults, more...)
 	rows, err := conn.Query(ctx, `SELECT name, oid::regclass::text, pg_get_userbyid(relowner)::text FROM unnest($1::text[], $2::oid[]) AS t(name, relation)
 		JOIN pg_class ON oid = relation WHERE NOT pg_has_role(current_user, relowner, 'USAGE')`, unjoinedNames(p), unjoinedTables(p))
 	if err != nil {
@@ -202,6 +208,49 @@ func checkRights(ctx context.Context, conn *pgx.Conn, cfg *Config, p *parts, why
 		return nil
 	})
 	return faults, err
+}
+
+// checkOwnTables finds walgate's own tables in the source that the role may not write. Those that aren't there are init's.
+func checkOwnTables(ctx context.Context, conn *pgx.Conn, quoted string) (faults []policies.Fault, err error) {
+	rows, err := conn.Query(ctx, `SELECT relname::text FROM pg_class WHERE relnamespace = to_regnamespace('walgate') AND relname = ANY ($1)
+		AND NOT (has_table_privilege(oid, 'SELECT') AND has_table_privilege(oid, 'INSERT') AND has_table_privilege(oid, 'UPDATE') AND has_table_privilege(oid, 'DELETE')) ORDER BY 1`, schema.OwnTables)
+	if err != nil {
+		return nil, err
+	}
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if len(names) > 0 {
+		faults = append(faults, policies.Fault{Path: "database.url", Got: "a role that may not read and write walgate." + strings.Join(names, ", walgate."), Want: "a role that may use walgate's own tables",
+			Hint: "GRANT USAGE ON SCHEMA walgate TO " + quoted + "; GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA walgate TO " + quoted})
+	}
+	return faults, err
+}
+
+// checkUpgrade finds the rights that are missing to add to what an older walgate installed.
+func checkUpgrade(ctx context.Context, conn *pgx.Conn, p *parts, quoted string) (faults []policies.Fault, err error) {
+	pending, err := schema.PendingMigrations(ctx, conn)
+	if err != nil {
+		return nil, err
+	}
+	has, err := schema.ReadPublished(ctx, conn, p.publications)
+	if err != nil {
+		return nil, err
+	}
+	var installed, creates bool
+	var owner string // of the publication, where the role isn't
+	err = conn.QueryRow(ctx, `SELECT to_regnamespace('walgate') IS NOT NULL, coalesce(has_schema_privilege(to_regnamespace('walgate'), 'CREATE'), true),
+		coalesce((SELECT pg_get_userbyid(pubowner)::text FROM pg_publication WHERE pubname = $1 AND NOT pg_has_role(current_user, pubowner, 'USAGE')), '')`, p.publications.Events).Scan(&installed, &creates, &owner)
+	if err != nil {
+		return nil, err
+	}
+	if installed && len(pending) > 0 && !creates {
+		faults = append(faults, policies.Fault{Path: "database.url", Got: "a role that may not create in schema walgate, which lacks " + strings.Join(pending, ", "), Want: "a role that may add walgate's newer tables",
+			Hint: "GRANT USAGE, CREATE ON SCHEMA walgate TO " + quoted + "; or let its owner run what walgate init --print-sql prints"})
+	}
+	if has.Events && !has.Pushes && owner != "" {
+		faults = append(faults, policies.Fault{Path: "replication.publication", Got: "publication " + p.publications.Events + " without walgate.pushes, which belongs to role " + owner, Want: "a publication that marks pushes",
+			Hint: "let " + owner + " run what walgate init --print-sql prints"})
+	}
+	return faults, nil
 }
 
 // unjoined calls f with every relation that has yet to be prepared, and its collection's name.

@@ -146,11 +146,19 @@ func TestRightsRefused(t *testing.T) {
 		t.Errorf("init with all rights: %v", err)
 	}
 	application()
-	resyncExec(t, conn, fmt.Sprintf(`ALTER ROLE %q NOBYPASSRLS; REVOKE SELECT ON plain FROM %[2]q, %[1]q; REVOKE %[2]q FROM %[1]q`, role, owner))
+	resyncExec(t, conn, fmt.Sprintf(`ALTER ROLE %q NOBYPASSRLS; REVOKE SELECT ON plain FROM %[2]q, %[1]q; REVOKE %[2]q FROM %[1]q; REVOKE INSERT ON walgate.pushes FROM %[1]q`, role, owner))
 	_, err = walgate(t, "serve", "--config", path) // nothing grants what it lacks, so it ends
-	for _, text := range []string{"BYPASSRLS", `GRANT SELECT ON "public"."plain" TO`, path + ":7:"} {
+	for _, text := range []string{"BYPASSRLS", `GRANT SELECT ON "public"."plain" TO`, "may not read and write walgate.pushes", path + ":7:"} {
 		if err == nil || !strings.Contains(err.Error(), text) {
 			t.Errorf("serve doesn't say %q: %v", text, err)
+		}
+	}
+	resyncExec(t, conn, fmt.Sprintf(`DELETE FROM walgate.migrations WHERE name = '002_pushes.sql'; ALTER PUBLICATION walgate_events DROP TABLE walgate.pushes;
+		ALTER PUBLICATION walgate_events OWNER TO CURRENT_USER; ALTER SCHEMA walgate OWNER TO CURRENT_USER; GRANT USAGE ON SCHEMA walgate TO %q`, role)) // as a DBA left it to an older walgate
+	_, err = walgate(t, "init", "--config", path)
+	for _, text := range []string{"GRANT USAGE, CREATE ON SCHEMA walgate TO", "without walgate.pushes"} {
+		if err == nil || !strings.Contains(err.Error(), text) {
+			t.Errorf("init doesn't say %q: %v", text, err)
 		}
 	}
 	if _, err := walgate(t, "uninstall", "--config", refuseConfig(t, dsn, "", "  plain: {table: plain}\n")); err != nil {

@@ -159,10 +159,17 @@ func (p *parts) install(ctx context.Context, cfg *Config, logger *slog.Logger) e
 		return fmt.Errorf("connect to the source: %w", err)
 	}
 	defer conn.Release()
+	pending, err := schema.PendingMigrations(ctx, conn)
+	if err != nil {
+		return err
+	}
 	d := p.watcher.Current()
 	steps, err := replication.PlanFor(ctx, conn.Conn(), p.publications, d.Set, d.Catalog)
 	if err != nil {
 		return err
+	}
+	for _, name := range pending {
+		err = errors.Join(err, errors.New("  walgate's own tables: "+name))
 	}
 	for _, s := range steps {
 		err = errors.Join(err, errors.New("  "+s.What))

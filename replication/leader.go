@@ -241,11 +241,11 @@ func (l *Leader) prepare(ctx context.Context) (*sourceState, error) {
 	if standby {
 		return nil, errStandby
 	}
-	_, exists, err := schema.PublishedTables(short, conn, l.o.Publications)
+	has, err := schema.ReadPublished(short, conn, l.o.Publications)
 	if err != nil {
 		return nil, err
 	}
-	if !exists[l.o.Publications.Rows] || !exists[l.o.Publications.Events] {
+	if !has.Rows || !has.Events {
 		return nil, fmt.Errorf("publication %s or %s is missing: run walgate init", l.o.Publications.Rows, l.o.Publications.Events)
 	}
 	if l.unreadable != "" {

@@ -271,7 +271,7 @@ func Join(ctx context.Context, conn *pgx.Conn, p schema.Publications, set *polic
 
 // PlanFor returns the steps that Join would take.
 func PlanFor(ctx context.Context, conn *pgx.Conn, p schema.Publications, set *policies.Set, cat *schema.Catalog) ([]schema.Step, error) {
-	published, exists, err := schema.PublishedTables(ctx, conn, p)
+	published, err := schema.ReadPublished(ctx, conn, p)
 	if err != nil {
 		return nil, err
 	}
@@ -279,7 +279,7 @@ func PlanFor(ctx context.Context, conn *pgx.Conn, p schema.Publications, set *po
 	for _, c := range set.Collections {
 		wanted = append(wanted, schema.Synced{Table: c.Table, KeyIdentity: c.Spec.ReplicaIdentity == "default"})
 	}
-	return schema.Plan(p, cat, exists, wanted, published), nil
+	return schema.Plan(p, cat, published, wanted), nil
 }
 
 func compile(specs map[string]policies.Spec, cat *schema.Catalog) (*policies.Set, []policies.Fault) {

@@ -2,26 +2,19 @@ package schema
 
 import (
 	"context"
-	"embed"
 	"errors"
 	"fmt"
-	"io/fs"
 	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-
-	"github.com/walgate/walgate/internal/migrate"
 )
-
-//go:embed migrations/*.sql
-var migrationFiles embed.FS
 
 // Publications names the two publications that walgate makes.
 type Publications struct {
 	Rows   string // the synced tables
-	Events string // walgate's own tables whose inserts mark events in the stream; none so far
+	Events string // walgate's own tables whose inserts mark events in the stream: walgate.pushes
 }
 
 // PublicationsFor derives both names from the configured one.
@@ -42,49 +35,31 @@ type Step struct {
 	Locks      bool // waits for locks of the application's transactions: retried with a lock timeout
 }
 
-// Migrate creates or updates walgate's own tables in the source.
-func Migrate(ctx context.Context, conn *pgx.Conn) error {
-	sub, err := fs.Sub(migrationFiles, "migrations")
-	if err != nil {
-		return err
-	}
-	return migrate.Up(ctx, conn, "source", sub)
-}
-
-// MigrationSQL returns what Migrate does as SQL for a DBA.
-func MigrationSQL() string {
-	text, err := migrationFiles.ReadFile("migrations/001_source.sql")
-	if err != nil {
-		panic(err) // embedded: it is there
-	}
-	return `CREATE SCHEMA IF NOT EXISTS walgate;
-CREATE TABLE walgate.migrations (part text, name text, applied_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (part, name));
-INSERT INTO walgate.migrations (part, name) VALUES ('source', '001_source.sql');
-` + string(text)
-}
-
 // Plan returns the steps that bring publication and replica identities to what is wanted; none when all is well.
-// published are the tables that the publication holds now (PublishedTables), exists says which publications exist.
-func Plan(p Publications, cat *Catalog, exists map[string]bool, wanted []Synced, published []*Table) []Step {
+func Plan(p Publications, cat *Catalog, has *Published, wanted []Synced) []Step {
 	var steps []Step
 	with, now := `publish = 'insert, update, delete, truncate'`, cat.Publication
 	if cat.ServerVersion >= 180000 { // else replica identity FULL would break the application's UPDATE of such tables
 		with += `, publish_generated_columns = stored`
 	}
-	if exists[p.Rows] && (len(now.Lacks) > 0 || now.ViaRoot || now.HidesGenerated) {
+	if has.Rows && (len(now.Lacks) > 0 || now.ViaRoot || now.HidesGenerated) {
 		steps = append(steps, Step{What: "give publication " + p.Rows + " its options back", Statements: []string{
 			fmt.Sprintf("ALTER PUBLICATION %s SET (%s, publish_via_partition_root = false)", ident(p.Rows), with)}})
 	}
-	if !exists[p.Rows] {
+	if !has.Rows {
 		steps = append(steps, Step{What: "create publication " + p.Rows, Statements: []string{
 			fmt.Sprintf("CREATE PUBLICATION %s WITH (%s)", ident(p.Rows), with)}})
 	}
-	if !exists[p.Events] {
+	switch {
+	case !has.Events:
 		steps = append(steps, Step{What: "create publication " + p.Events, Statements: []string{
-			fmt.Sprintf("CREATE PUBLICATION %s WITH (publish = 'insert')", ident(p.Events))}})
+			fmt.Sprintf("CREATE PUBLICATION %s FOR TABLE ONLY walgate.pushes WITH (publish = 'insert')", ident(p.Events))}})
+	case !has.Pushes: // made by an older walgate
+		steps = append(steps, Step{What: "let walgate.pushes join publication " + p.Events, Statements: []string{
+			fmt.Sprintf("ALTER PUBLICATION %s ADD TABLE ONLY walgate.pushes", ident(p.Events))}})
 	}
 	in := map[uint32]bool{}
-	for _, t := range published {
+	for _, t := range has.Tables {
 		in[t.OID] = true
 	}
 	keep := map[uint32]bool{}
@@ -94,7 +69,7 @@ func Plan(p Publications, cat *Catalog, exists map[string]bool, wanted []Synced,
 			steps = append(steps, st)
 		}
 	}
-	for _, t := range published {
+	for _, t := range has.Tables {
 		if !keep[t.OID] {
 			steps = append(steps, Step{What: "take " + t.String() + " out of the publication", Locks: true,
 				Statements: []string{fmt.Sprintf("ALTER PUBLICATION %s DROP TABLE ONLY %s", ident(p.Rows), t.sql())}})
@@ -149,29 +124,36 @@ func joinStep(publication string, s Synced, published bool) Step {
 	return st
 }
 
-// PublishedTables reads the tables that the publication names, and which of the publications exist.
-func PublishedTables(ctx context.Context, q Querier, p Publications) ([]*Table, map[string]bool, error) {
-	exists := map[string]bool{}
-	err := each(ctx, q, `SELECT pubname::text FROM pg_publication WHERE pubname = ANY ($1)`, []any{[]string{p.Rows, p.Events}}, func(r pgx.Rows) error {
-		var n string
-		err := r.Scan(&n)
-		exists[n] = true
+// Published is what the publications hold.
+type Published struct {
+	Rows, Events bool     // whether the publications exist
+	Tables       []*Table // that the one of rows names
+	Pushes       bool     // the one of events has walgate.pushes
+}
+
+// ReadPublished reads what the publications hold.
+func ReadPublished(ctx context.Context, q Querier, p Publications) (*Published, error) {
+	has := &Published{}
+	err := each(ctx, q, `SELECT pubname = $1, pubname = $2 AND EXISTS (SELECT FROM pg_publication_rel WHERE prpubid = p.oid AND prrelid = to_regclass('walgate.pushes'))
+		FROM pg_publication p WHERE pubname IN ($1, $2)`, []any{p.Rows, p.Events}, func(r pgx.Rows) error {
+		var rows, pushes bool
+		err := r.Scan(&rows, &pushes)
+		has.Rows, has.Events, has.Pushes = has.Rows || rows, has.Events || !rows, has.Pushes || pushes
 		return err
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("read publications: %w", err)
+		return nil, fmt.Errorf("read publications: %w", err)
 	}
-	var out []*Table
 	err = each(ctx, q, `SELECT c.oid, n.nspname::text, c.relname::text FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
 		JOIN pg_class c ON c.oid = r.prrelid JOIN pg_namespace n ON n.oid = c.relnamespace WHERE p.pubname = $1 ORDER BY 2, 3`, []any{p.Rows}, func(r pgx.Rows) error {
 		t := &Table{}
-		out = append(out, t)
+		has.Tables = append(has.Tables, t)
 		return r.Scan(&t.OID, &t.Schema, &t.Name)
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("read the publication's tables: %w", err)
+		return nil, fmt.Errorf("read the publication's tables: %w", err)
 	}
-	return out, exists, nil
+	return has, nil
 }
 
 // joinAttempts bounds how often a step that waits for locks is tried, two seconds each.

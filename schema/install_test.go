@@ -48,7 +48,7 @@ func loadTables(t *testing.T, conn *pgx.Conn, names ...string) *Catalog {
 // plan returns the steps that let the named tables, and no others, be published.
 func plan(t *testing.T, conn *pgx.Conn, names ...string) []Step {
 	t.Helper()
-	published, exists, err := PublishedTables(t.Context(), conn, testPublications)
+	published, err := ReadPublished(t.Context(), conn, testPublications)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,7 +57,7 @@ func plan(t *testing.T, conn *pgx.Conn, names ...string) []Step {
 	for _, table := range c.Tables {
 		wanted = append(wanted, Synced{Table: table})
 	}
-	return Plan(testPublications, c, exists, wanted, published)
+	return Plan(testPublications, c, published, wanted)
 }
 
 // install does what walgate init does.
@@ -159,7 +159,7 @@ func TestPrintedSQLGivesTheSameState(t *testing.T) {
 	_, ours := database(t, identityTables)
 	install(t, ours, identityNames...)
 	_, theirs := database(t, identityTables)
-	text := MigrationSQL()
+	text := pendingSQL(t, theirs)
 	for _, s := range plan(t, theirs, identityNames...) {
 		text += s.String()
 	}
@@ -180,14 +180,53 @@ func TestPrintedSQLGivesTheSameState(t *testing.T) {
 	}
 }
 
+func pendingSQL(t *testing.T, conn *pgx.Conn) string {
+	t.Helper()
+	pending, err := PendingMigrations(t.Context(), conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return MigrationSQL(pending)
+}
+
+// TestInitUpgradesAnOlderInstallation: of a walgate that knew no pushes.
+func TestInitUpgradesAnOlderInstallation(t *testing.T) {
+	t.Parallel()
+	_, fresh := database(t, identityTables)
+	install(t, fresh, identityNames...)
+	want := footprint(t, fresh)
+	older := func() *pgx.Conn {
+		_, conn := database(t, identityTables)
+		mustExec(t, conn, MigrationSQL([]string{"001_source.sql"}), `CREATE PUBLICATION walgate_events WITH (publish = 'insert')`)
+		return conn
+	}
+	printed, migrated := older(), older()
+	text := pendingSQL(t, printed)
+	for _, s := range plan(t, printed, identityNames...) {
+		text += s.String()
+	}
+	if _, err := printed.PgConn().Exec(t.Context(), text).ReadAll(); err != nil {
+		t.Fatalf("%v in\n%s", err, text)
+	}
+	install(t, migrated, identityNames...)
+	for how, conn := range map[string]*pgx.Conn{"printed": printed, "init": migrated} {
+		if got := footprint(t, conn); got != want {
+			t.Errorf("%s gives\n%s\na fresh installation\n%s", how, got, want)
+		}
+		if pending, err := PendingMigrations(t.Context(), conn); err != nil || len(pending) > 0 {
+			t.Errorf("%s leaves %v to do (%v)", how, pending, err)
+		}
+	}
+}
+
 func TestPlanTakesOutWhatIsNotWanted(t *testing.T) {
 	t.Parallel()
 	_, conn := database(t, identityTables)
 	install(t, conn, identityNames...)
 	install(t, conn, "public.by_full", "public.parts") // fails unless the plan ends where it should
-	published, _, err := PublishedTables(t.Context(), conn, testPublications)
-	if err != nil || len(published) != 2 {
-		t.Errorf("%d tables are published (%v), want 2", len(published), err)
+	published, err := ReadPublished(t.Context(), conn, testPublications)
+	if err != nil || len(published.Tables) != 2 {
+		t.Errorf("published are %+v (%v), want 2 tables", published, err)
 	}
 }
 
