@@ -55,7 +55,14 @@ func (c *Collection) writes(roles []string) bool {
 
 func (c *Collection) takes(op Operation) bool {
 	w := c.Spec.Write
-	return w != nil && (len(w.Operations) == 0 && op != PushUpsert || slices.Contains(w.Operations, string(op)))
+	if w == nil {
+		return false
+	}
+	taken := w.Operations
+	if taken == nil {
+		taken = operations
+	}
+	return slices.Contains(taken, string(op))
 }
 
 // Writable says whether a change's data may name the column. Key columns are not among them: doc_id names the key, and
