@@ -33,6 +33,7 @@ type Config struct {
 	Replication ReplicationConfig
 	Catalog     CatalogConfig
 	HTTP        HTTPConfig
+	Push        PushConfig
 	Limits      LimitsConfig
 	Auth        AuthConfig
 	Log         LogConfig
@@ -76,9 +77,17 @@ type HTTPConfig struct {
 // TLSConfig names the files of the server's certificate; both empty: plain HTTP.
 type TLSConfig struct{ CertFile, KeyFile string }
 
+// PushConfig says how clients' changes are written.
+type PushConfig struct {
+	Role                 string // that writes; empty: that of database.url
+	EchoTimeout          time.Duration
+	IdempotencyRetention time.Duration
+}
+
 // LimitsConfig bounds what clients and the slot may use.
 type LimitsConfig struct {
 	MaxSlotLag                  Size
+	PushBody                    Size
 	Frame                       Size
 	Drain                       time.Duration
 	RequestsPerSecond           int

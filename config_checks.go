@@ -118,8 +118,9 @@ func specKeys(path string, s *policies.Spec) []key {
 		{path: path + ".read.roles", into: &s.Read.Roles, nonEmpty: true},
 		{path: path + ".soft_delete.column", into: &s.SoftDelete, nonEmpty: true},
 		{path: path + ".lossless", into: &s.Lossless},
-		{path: path + ".replica_identity", into: &s.ReplicaIdentity, check: oneOf("full", "default")},
-		{path: path + ".retention", into: &s.Retention, min: int64(time.Second), max: int64(36500 * 24 * time.Hour)},
+		{path: path + ".replica_identity", into: &s.ReplicaIdentity, words: []string{"full", "default"}},
+		{path: path + ".retention", into: &s.Retention, min: int64(time.Second), max: int64(maxRetention)},
+		{path: path + ".on_deleted", into: &s.OnDeleted, words: policies.DeletePolicies},
 	}
 }
 
@@ -133,7 +134,9 @@ func (d *decoder) collections(path string, n ast.Node) map[string]policies.Spec 
 		}
 		var s policies.Spec
 		d.mapping(e.value, at+".", specKeys(at, &s), map[string]func(string, ast.Node){
-			at + ".scope": func(path string, n ast.Node) { s.Scope = d.scope(path, n) },
+			at + ".scope":    func(path string, n ast.Node) { s.Scope = d.scope(path, n) },
+			at + ".write":    func(path string, n ast.Node) { s.Write = d.write(path, n) },
+			at + ".conflict": func(path string, n ast.Node) { d.conflict(path, n, &s) },
 		})
 		d.checkSpec(at, e.at)
 		specs[e.name] = s
@@ -165,13 +168,13 @@ func (d *decoder) badWithin(path string) bool {
 func (d *decoder) scope(path string, n ast.Node) []map[string]string {
 	seq, isList := n.(*ast.SequenceNode)
 	if !isList {
-		if alternative := d.alternative(path, n); alternative != nil {
+		if alternative := d.alternative(path, n, everybodyHint); alternative != nil {
 			return []map[string]string{alternative}
 		}
 		return nil
 	}
 	if len(seq.Values) == 0 {
-		d.fault(nodeMark(n), path, "an empty list", "at least one map of column to claim", "leave scope out where everybody may see every row")
+		d.fault(nodeMark(n), path, "an empty list", "at least one map of column to claim", everybodyHint)
 	}
 	var alternatives []map[string]string
 	for i, item := range seq.Values {
@@ -180,19 +183,21 @@ func (d *decoder) scope(path string, n ast.Node) []map[string]string {
 			at = fmt.Sprintf("%s.%d", path, i)
 			d.positions[at] = nodeMark(item)
 		}
-		if alternative := d.alternative(at, item); alternative != nil {
+		if alternative := d.alternative(at, item, everybodyHint); alternative != nil {
 			alternatives = append(alternatives, alternative)
 		}
 	}
 	return alternatives
 }
 
-func (d *decoder) alternative(path string, n ast.Node) map[string]string {
+const everybodyHint = "leave scope out where everybody may see every row"
+
+// alternative decodes a map of column to claim; whenEmpty is the hint where it has none.
+func (d *decoder) alternative(path string, n ast.Node, whenEmpty string) map[string]string {
 	entries := d.entries(n, path)
 	if len(entries) == 0 {
 		if !d.badWithin(path) {
-			d.fault(nodeMark(n), path, "no columns", "a map of column to claim, such as {owner_id: claims.sub}",
-				"leave scope out where everybody may see every row")
+			d.fault(nodeMark(n), path, "no columns", "a map of column to claim, such as {owner_id: claims.sub}", whenEmpty)
 		}
 		return nil
 	}

@@ -218,7 +218,7 @@ func (d *decoder) value(k key, n ast.Node) {
 		return
 	}
 	if want := k.set(text); want != "" {
-		d.fault(nodeMark(n), k.path, k.show(n, text), want, "")
+		d.fault(nodeMark(n), k.path, k.show(n, text), want, k.nearest(text))
 	}
 }
 
@@ -229,7 +229,7 @@ func (d *decoder) list(k key, n ast.Node) []string {
 		return nil
 	}
 	var list []string
-	element := key{path: k.path, into: new(string), check: k.check, nonEmpty: true}
+	element := key{path: k.path, into: new(string), check: k.check, words: k.words, nonEmpty: true}
 	for i, item := range seq.Values {
 		path := fmt.Sprintf("%s.%d", k.path, i)
 		d.positions[path] = nodeMark(item)
@@ -238,7 +238,7 @@ func (d *decoder) list(k key, n ast.Node) []string {
 			continue
 		}
 		if want := element.set(text); want != "" {
-			d.fault(nodeMark(item), path, element.show(item, text), want, "")
+			d.fault(nodeMark(item), path, element.show(item, text), want, k.nearest(text))
 		}
 		list = append(list, text)
 	}

@@ -12,6 +12,7 @@ type key struct {
 	min, max int64  // for numbers, sizes (bytes) and durations (nanoseconds)
 	// check returns what was expected instead, or "" where the text is right. For a list it sees each element.
 	check    func(text string) string
+	words    []string // the only right texts
 	required bool
 	nonEmpty bool // a list or text that is written must say something
 }
@@ -24,8 +25,10 @@ func defaultConfig() *Config {
 		Replication: ReplicationConfig{Slot: "walgate", Publication: "walgate"},
 		Catalog:     CatalogConfig{PollInterval: 5 * time.Second},
 		HTTP:        HTTPConfig{Listen: ":8080", PublicURL: "http://localhost:8080"},
+		Push:        PushConfig{EchoTimeout: 2 * time.Second, IdempotencyRetention: 30 * 24 * time.Hour},
 		Limits: LimitsConfig{
 			MaxSlotLag:                  8 << 30,
+			PushBody:                    16 << 20,
 			Frame:                       1 << 20,
 			Drain:                       20 * time.Second,
 			RequestsPerSecond:           50,
@@ -45,6 +48,9 @@ func defaultConfig() *Config {
 
 // defaultDatabaseURL is expanded like a value of the file.
 const defaultDatabaseURL = "${DATABASE_URL}"
+
+// maxRetention bounds durations for which rows are kept.
+const maxRetention = 36500 * 24 * time.Hour
 
 // configKeys lists every key but collections, in the order of config.yaml.
 func configKeys(c *Config) []key {
@@ -66,7 +72,11 @@ func configKeys(c *Config) []key {
 		{path: "http.trusted_proxies", into: &c.HTTP.TrustedProxies, check: checkProxy},
 		{path: "http.tls.cert_file", into: &c.HTTP.TLS.CertFile},
 		{path: "http.tls.key_file", into: &c.HTTP.TLS.KeyFile},
+		{path: "push.role", into: &c.Push.Role, check: checkRole},
+		{path: "push.echo_timeout", into: &c.Push.EchoTimeout, min: 0, max: 20 * second},
+		{path: "push.idempotency_retention", into: &c.Push.IdempotencyRetention, min: second, max: int64(maxRetention)},
 		{path: "limits.max_slot_lag", into: &c.Limits.MaxSlotLag, min: 1 << 20, max: math.MaxInt64},
+		{path: "limits.push_body", into: &c.Limits.PushBody, min: 1 << 10, max: 1 << 30},
 		{path: "limits.frame", into: &c.Limits.Frame, min: 1 << 10, max: 64 << 20},
 		{path: "limits.drain", into: &c.Limits.Drain, min: 0, max: int64(time.Hour)},
 		{path: "limits.requests_per_second", into: &c.Limits.RequestsPerSecond, min: 1, max: 1e6},
@@ -83,7 +93,7 @@ func configKeys(c *Config) []key {
 		{path: "auth.jwt.leeway", into: &c.Auth.JWT.Leeway, min: 0, max: int64(5 * time.Minute)},
 		{path: "auth.claims.subject", into: &c.Auth.Claims.Subject, check: checkClaim},
 		{path: "auth.claims.roles", into: &c.Auth.Claims.Roles, check: checkClaim},
-		{path: "log.level", into: &c.Log.Level, check: oneOf("debug", "info", "warn", "error")},
-		{path: "log.format", into: &c.Log.Format, check: oneOf("json", "text")},
+		{path: "log.level", into: &c.Log.Level, words: []string{"debug", "info", "warn", "error"}},
+		{path: "log.format", into: &c.Log.Format, words: []string{"json", "text"}},
 	}
 }

@@ -148,11 +148,15 @@ func TestExampleInConfigFile(t *testing.T) {
 		SoftDelete:      "deleted_at",
 		ReplicaIdentity: "full",
 		Retention:       30 * 24 * time.Hour,
+		Write: &policies.WriteSpec{Roles: []string{"editor"}, Operations: []string{"insert", "update", "delete"}, Columns: []string{"title", "done"},
+			Set: map[string]string{"owner_id": "claims.sub"}, Check: "size(row.title) < 200"},
+		Conflict:  "merge",
+		OnDeleted: "resurrect_on_update",
 	}
 	if got := c.Collections["tasks"]; !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
-	for _, k := range specKeys("collections.tasks", &policies.Spec{}) {
+	for _, k := range append(specKeys("collections.tasks", &policies.Spec{}), writeKeys("collections.tasks.write", &policies.WriteSpec{})...) {
 		if _, ok := c.positions[k.path]; !ok {
 			t.Errorf("the example lacks %s", k.path)
 		}
@@ -217,6 +221,13 @@ func TestFullConfig(t *testing.T) {
 		{"scope", c.Collections["notes"].Scope, []map[string]string{{"owner_id": "claims.sub"}, {"team_id": "claims.teams", "kind": "claims.kind"}}},
 		{"where", c.Collections["notes"].Where, "row.kind != 'draft' &&\n!row.hidden\n"},
 		{"lossless", c.Collections["notes"].Lossless, true},
+		{"push role", c.Push.Role, "app_writer"},
+		{"push body", c.Limits.PushBody, Size(4 << 20)},
+		{"echo timeout", c.Push.EchoTimeout, 500 * time.Millisecond},
+		{"write", c.Collections["notes"].Write, &policies.WriteSpec{Set: map[string]string{"owner_id": "claims.sub"}}},
+		{"resolver", c.Collections["notes"].Conflict + " " + c.Collections["notes"].ConflictFunction, "function app.resolve"},
+		{"on_deleted", c.Collections["notes"].OnDeleted, "delete_wins"},
+		{"no write", c.Collections["countries"].Write == nil, true},
 		{"no scope", c.Collections["countries"].Scope == nil, true},
 	} {
 		if !reflect.DeepEqual(check.got, check.want) {

@@ -50,6 +50,9 @@ func (k key) checkText(text string) string {
 	if k.nonEmpty && text == "" {
 		return "some text; leave the key out where nothing is meant"
 	}
+	if k.words != nil && !slices.Contains(k.words, text) {
+		return strings.Join(k.words[:len(k.words)-1], ", ") + " or " + k.words[len(k.words)-1]
+	}
 	if k.check == nil {
 		return ""
 	}
@@ -274,18 +277,16 @@ func checkJWKSURL(text string) string {
 	return "an https address"
 }
 
+func checkRole(text string) string {
+	if len(text) <= 63 && !strings.Contains(text, "\x00") {
+		return ""
+	}
+	return "the name of a role, at most 63 bytes long"
+}
+
 func checkClaim(text string) string {
 	if text == "" || slices.Contains(strings.Split(text, "."), "") {
 		return "a claim's name, or its path such as realm_access.roles"
 	}
 	return ""
-}
-
-func oneOf(words ...string) func(string) string {
-	return func(text string) string {
-		if slices.Contains(words, text) {
-			return ""
-		}
-		return strings.Join(words[:len(words)-1], ", ") + " or " + words[len(words)-1]
-	}
 }

@@ -12,11 +12,14 @@ import (
 
 var functionName = regexp.MustCompile(`^[^.\x00]+\.[^.\x00]+$`)
 
+// IsFunctionName says whether the text names a SQL function as schema.name.
+func IsFunctionName(text string) bool { return functionName.MatchString(text) }
+
 // checkConflict holds the names of policies, which need no table.
 func (k *compiler) checkConflict() {
 	spec := k.c.Spec
 	switch {
-	case spec.Conflict == Function && !functionName.MatchString(spec.ConflictFunction):
+	case spec.Conflict == Function && !IsFunctionName(spec.ConflictFunction):
 		k.fault("conflict.function", strconv.Quote(spec.ConflictFunction), "a SQL function as schema.name", "")
 	case spec.Conflict != "" && spec.Conflict != Function && !slices.Contains(ConflictPolicies, spec.Conflict):
 		k.fault("conflict", spec.Conflict, strings.Join(ConflictPolicies, ", ")+" or {function: schema.name}", didYouMean(spec.Conflict, ConflictPolicies))
