@@ -167,7 +167,7 @@ func (a *Appender) append(ctx context.Context, pieces []Piece) error {
 
 func writes(pieces []Piece) bool {
 	for i := range pieces {
-		if len(pieces[i].Entries) > 0 || len(pieces[i].Raises) > 0 || !pieces[i].Final {
+		if len(pieces[i].Entries) > 0 || len(pieces[i].Raises) > 0 || pieces[i].Push != nil || !pieces[i].Final {
 			return true
 		}
 	}
@@ -199,7 +199,7 @@ func (a *Appender) collect(pieces []Piece) {
 		a.batchRows += len(p.Entries)
 		a.raises = append(a.raises, p.Raises...)
 		if p.Final && p.Tx != 0 {
-			a.txs = append(a.txs, Piece{Tx: p.Tx, Xid: p.Xid})
+			a.txs = append(a.txs, Piece{Tx: p.Tx, Xid: p.Xid, Version: p.Version, Push: p.Push})
 		}
 		a.held += p.Size
 		if a.omitted = a.omitted || a.held > announceLimit; a.omitted {
@@ -265,20 +265,9 @@ func appendField(b, v []byte) []byte {
 // finish moves the checkpoint, commits, and announces. The three go in one round trip; everything in the text is a
 // number made here or passed through quote.
 func (a *Appender) finish(ctx context.Context, start time.Time, last *Piece) error {
-	b := a.sql[:0]
-	if len(a.txs) > 0 {
-		b = append(b, `INSERT INTO walgate.transactions (tx, xid) VALUES `...)
-		for i := range a.txs {
-			if i > 0 {
-				b = append(b, ',')
-			}
-			b = append(b, '(')
-			b = strconv.AppendInt(b, int64(a.txs[i].Tx), 10)
-			b = append(b, ',')
-			b = strconv.AppendUint(b, a.txs[i].Xid, 10)
-			b = append(b, ')')
-		}
-		b = append(b, ';')
+	b, pushes, err := appendTransactions(a.sql[:0], a.txs)
+	if err != nil {
+		return err
 	}
 	for i := range a.raises {
 		b = appendRaise(b, &a.raises[i])
@@ -296,7 +285,7 @@ func (a *Appender) finish(ctx context.Context, start time.Time, last *Piece) err
 		return err
 	}
 	failpoint.Here(failpoint.Committed)
-	batch := &Batch{History: a.history, Prev: a.version, Last: version, LSN: last.LSN, Entries: a.entries, Omitted: a.omitted, Raises: a.raises}
+	batch := &Batch{History: a.history, Prev: a.version, Last: version, LSN: last.LSN, Entries: a.entries, Omitted: a.omitted, Raises: a.raises, Pushes: pushes}
 	done := Appended{Transactions: len(a.txs), Rows: a.batchRows, Version: version, LSN: last.LSN, Took: time.Since(start)}
 	a.version = version
 	a.open, a.entries, a.raises, a.omitted, a.held, a.batchRows = false, nil, nil, false, 0, 0
@@ -308,6 +297,47 @@ func (a *Appender) finish(ctx context.Context, start time.Time, last *Piece) err
 		a.OnAppended(done)
 	}
 	return nil
+}
+
+// appendTransactions appends the statements that record the transactions, and returns the pushes among them.
+func appendTransactions(b []byte, txs []Piece) ([]byte, []Pushed, error) {
+	var pushes []Pushed
+	plain := 0
+	for i := range txs {
+		t := &txs[i]
+		if t.Push != nil {
+			pushes = append(pushes, Pushed{Tx: t.Tx, Last: t.Version, Push: *t.Push})
+			continue
+		}
+		if plain++; plain == 1 {
+			b = append(b, `INSERT INTO walgate.transactions (tx, xid) VALUES (`...)
+		} else {
+			b = append(b, `,(`...)
+		}
+		b = strconv.AppendInt(b, int64(t.Tx), 10)
+		b = append(b, ',')
+		b = strconv.AppendUint(b, t.Xid, 10)
+		b = append(b, ')')
+	}
+	if plain > 0 {
+		b = append(b, ';')
+	}
+	if len(pushes) == 0 {
+		return b, nil, nil
+	}
+	b = append(b, `INSERT INTO walgate.transactions (tx, xid, last, push, subject, client_id, locals) VALUES `...)
+	sep := ""
+	for i := range txs {
+		if txs[i].Push == nil {
+			continue
+		}
+		var err error
+		if b, err = appendPush(append(b, sep...), &txs[i]); err != nil {
+			return b, nil, err
+		}
+		sep = ","
+	}
+	return append(b, ';'), pushes, nil
 }
 
 func appendRaise(b []byte, r *Raise) []byte {

@@ -26,16 +26,18 @@ type Raise struct {
 }
 
 // Piece is a part of what one source transaction appends. A transaction is one or more pieces, the last one Final.
-// A final piece without entries only moves the checkpoint: a fence, an idle position, a raise.
+// A final piece without entries only moves the checkpoint (a fence, an idle position, a raise), or marks a push that
+// changed no row.
 type Piece struct {
-	Tx      Version // 0: no row changed
+	Tx      Version // 0: no row changed, and it is nobody's push
 	Xid     uint64
 	LSN     LSN     // end of the commit record; of the last piece only
 	Version Version // the newest version stamped so far
 	Final   bool
 	Entries []Entry
 	Raises  []Raise
-	Size    int // bytes held, about
+	Push    *Push // of a final piece with a Tx: the transaction is a push's
+	Size    int   // bytes held, about
 }
 
 // Batch is what one log transaction appended: what the bus announces.
@@ -47,6 +49,7 @@ type Batch struct {
 	Entries []Entry // in version order; nil with Omitted
 	Omitted bool    // too large to announce: read the log from Prev to Last
 	Raises  []Raise
+	Pushes  []Pushed // those that it holds, in the order of versions; always told, also with Omitted
 }
 
 // Errors that callers act on.

@@ -16,7 +16,9 @@ type Request struct {
 	Until    Version    // inclusive; 0: the newest
 	Limit    int        // entries; at least 1
 	MaxBytes int        // of documents; one larger document comes alone
-	Largest  int        // bytes of a document that may come; 0: any. A larger one is withheld, see Page.Withheld
+	// Subject and ClientID, where both are set, say whose marks Page.Pushes is to hold.
+	Subject, ClientID string
+	Largest           int // bytes of a document that may come; 0: any. A larger one is withheld, see Page.Withheld
 }
 
 // Page is what a caller's scopes hold after Since, in version order, cut at a transaction's end where possible.
@@ -29,6 +31,9 @@ type Page struct {
 	// Withheld is the bytes of the documents that are above Request.Largest: make room and ask again. Else the page is
 	// without meaning but for the head.
 	Withheld int
+	// Pushes are the marks of the transactions of Entries, in the order of versions: the asking client's own; of ReadAll all
+	// marks up to Last, also of transactions that changed nothing.
+	Pushes []Pushed
 }
 
 // MaxScopes is how many scope keys one read may name.
@@ -61,9 +66,13 @@ func (l *Log) Read(ctx context.Context, r Request) (*Page, error) {
 	if r.Until == 0 {
 		r.Until = maxVersion
 	}
-	return l.page(ctx, r, func(b *pgx.Batch, limit int) *pgx.QueuedQuery {
+	p, err := l.page(ctx, r, func(b *pgx.Batch, limit int) *pgx.QueuedQuery {
 		return b.Queue(pageSQL, r.Scopes, int64(r.Since), int64(r.Until), limit, int64(r.MaxBytes), largest(r))
 	})
+	if err == nil && r.ClientID != "" && p.Withheld == 0 {
+		err = l.addPushes(ctx, p, r.Subject, r.ClientID)
+	}
+	return p, err
 }
 
 func largest(r Request) int32 {
@@ -76,9 +85,13 @@ func largest(r Request) int32 {
 // ReadAll returns one page of the whole log, for the hub to close a gap.
 func (l *Log) ReadAll(ctx context.Context, since, until Version, limit, maxBytes int) (*Page, error) {
 	r := Request{Since: since, Until: until, Limit: limit, MaxBytes: maxBytes}
-	return l.page(ctx, r, func(b *pgx.Batch, limit int) *pgx.QueuedQuery {
+	p, err := l.page(ctx, r, func(b *pgx.Batch, limit int) *pgx.QueuedQuery {
 		return b.Queue(orderSQL, int64(since), int64(until), limit, int64(maxBytes))
 	})
+	if err == nil {
+		err = l.addAllPushes(ctx, p, since, limit)
+	}
+	return p, err
 }
 
 func (l *Log) page(ctx context.Context, r Request, query func(*pgx.Batch, int) *pgx.QueuedQuery) (*Page, error) {

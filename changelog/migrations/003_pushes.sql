@@ -1,0 +1,12 @@
+-- Which transactions are pushes of whom. Null for all others.
+ALTER TABLE walgate.transactions
+    ADD COLUMN last      bigint,                  -- the newest version of the transaction
+    ADD COLUMN push      bigint,                  -- walgate.pushes.id in the source
+    ADD COLUMN subject   text,
+    ADD COLUMN client_id text,
+    ADD COLUMN locals    json;                    -- [{"collection", "doc_id", "local_id"}]
+CREATE INDEX transactions_push ON walgate.transactions (push) WHERE push IS NOT NULL;
+CREATE INDEX transactions_client ON walgate.transactions (subject, client_id, tx) WHERE push IS NOT NULL;
+
+-- What is known of one document.
+CREATE INDEX changes_document ON walgate.changes (collection, doc_id, version);
