@@ -23,6 +23,16 @@ type Local struct {
 	LocalID    string `json:"local_id"`
 }
 
+// Size returns how many bytes it holds, about.
+func (p *Push) Size() int {
+	n := 100 + len(p.Subject) + len(p.ClientID)
+	for i := range p.Locals {
+		l := &p.Locals[i]
+		n += 60 + len(l.Collection) + len(l.DocID) + len(l.LocalID)
+	}
+	return n
+}
+
 // Pushed is where a push stands in the log.
 type Pushed struct {
 	Tx, Last Version // of its transaction

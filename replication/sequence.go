@@ -49,6 +49,8 @@ type sequencer struct {
 	xid      uint64
 	tx       changelog.Version // version of the first change, 0: none yet
 	fence    bool
+	marks    *marks          // the layout of walgate.pushes; nil: not described yet
+	push     *changelog.Push // whose push the present transaction is; nil: nobody's
 	piece    changelog.Piece
 	arena    []byte
 	scratch  []byte
@@ -72,7 +74,7 @@ type deletedRow struct {
 }
 
 func (s *sequencer) begin(m *message) {
-	s.inTx, s.tx, s.fence, s.ends = true, 0, false, m.begins
+	s.inTx, s.tx, s.fence, s.push, s.ends = true, 0, false, nil, m.begins
 	s.skipping = m.begins < s.logged // its commit record lies before, so it ends at or before
 	s.millis = m.commit.UnixMilli()
 	s.xid = s.widen.widen(m.xid)
@@ -84,8 +86,14 @@ func (s *sequencer) begin(m *message) {
 // commit ends the transaction and hands over what is left of it. It says whether anything was handed over.
 func (s *sequencer) commit(m *message) (logged bool, err error) {
 	s.inTx = false
-	if s.tx == 0 && len(s.piece.Raises) == 0 && !s.fence {
+	if s.tx == 0 && len(s.piece.Raises) == 0 && !s.fence && s.push == nil {
 		return false, nil
+	}
+	if s.piece.Push = s.push; s.push != nil {
+		if s.tx == 0 { // it changed nothing, but its client waits for a version
+			s.tx = s.clock.Next(s.millis)
+		}
+		s.piece.Size += s.push.Size()
 	}
 	s.piece.LSN, s.piece.Final = max(m.end, s.logged), true // a raise within a logged transaction mustn't take the log back
 	return true, s.flush()

@@ -363,7 +363,14 @@ func (s *stream) change(ctx context.Context, m *message) error {
 	if !ok {
 		return fmt.Errorf("row of relation %d, which was never described", m.relation)
 	}
-	if t == nil || t.stopped != "" || s.seq.skipping {
+	if s.seq.skipping {
+		return nil
+	}
+	if s.seq.marks != nil && m.relation == s.seq.marks.relation && m.kind == msgInsert {
+		s.seq.mark(m.new, s.at)
+		return nil
+	}
+	if t == nil || t.stopped != "" {
 		return nil
 	}
 	err := s.seq.change(t, m)
@@ -406,6 +413,10 @@ func (s *stream) commit(ctx context.Context, m *message) error {
 
 // relation binds the collection to a new layout.
 func (s *stream) relation(ctx context.Context, r *relation) error {
+	if m := marksOf(r); m != nil {
+		s.seq.marks, s.seq.targets[r.oid] = m, nil
+		return nil
+	}
 	t, err := s.resolve(ctx, r)
 	if err != nil {
 		return err
