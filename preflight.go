@@ -179,8 +179,13 @@ func checkRights(ctx context.Context, conn *pgx.Conn, cfg *Config, p *parts, why
 				"ALTER ROLE "+quoted+" BYPASSRLS; and say in scope and where who sees what")
 		}
 	}
+	more, err := checkPush(ctx, conn, cfg, p.watcher.Current().Set)
+	if err != nil {
+		return nil, fmt.Errorf("read the rights of the role that writes: %w", err)
+	}
+	faults = append(faults, more...)
 	if why != toPrepare {
-		more, err := checkOwnTables(ctx, conn, quoted)
+		more, err = checkOwnTables(ctx, conn, quoted)
 		return append(faults, more...), err
 	}
 	if !prepared && !creates {
@@ -191,8 +196,7 @@ func checkRights(ctx context.Context, conn *pgx.Conn, cfg *Config, p *parts, why
 		fault("replication.slot", fmt.Sprintf("%d other replication slots, as many as max_replication_slots allows", slots), "a free one",
 			fmt.Sprintf("drop one that nobody needs (SELECT slot_name, active FROM pg_replication_slots), or set max_replication_slots = %d and restart the server", mostSlots+1))
 	}
-	more, err := checkUpgrade(ctx, conn, p, quoted)
-	if err != nil {
+	if more, err = checkUpgrade(ctx, conn, p, quoted); err != nil {
 		return nil, err
 	}
 	faults = append(faults, more...)

@@ -128,9 +128,9 @@ func (c *Collection) Decide(s Situation) Decision {
 func (c *Collection) permits(s Situation, a Action) bool {
 	there := s.State == RowLive || s.State == RowSoft
 	if a == DoInsert || a == DoInsertImage || s.Op == PushUpsert && !there {
-		return c.takes(PushInsert)
+		return c.Takes(PushInsert)
 	}
-	return s.Op != PushUpsert || c.takes(PushUpdate)
+	return s.Op != PushUpsert || c.Takes(PushUpdate)
 }
 
 func (c *Collection) decide(s Situation) Decision {

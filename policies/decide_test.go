@@ -382,7 +382,7 @@ func TestDecisionsKeepTheirPromises(t *testing.T) {
 			"updates and deletes only what is there":        d.Action == DoNothing || inserts || there,
 			"undeletes only what is soft-deleted":           (d.Action == DoUndelete) == (s.State == RowSoft && d.Action != DoNothing),
 			"the image is used only where the log has it":   d.Action != DoInsertImage || s.State == RowGone && s.Image,
-			"inserts only where inserts are taken":          !inserts || c.takes(PushInsert),
+			"inserts only where inserts are taken":          !inserts || c.Takes(PushInsert),
 			"only a delete deletes":                         d.Action != DoDelete && d.Action != DoSoftDelete || s.Op == PushDelete,
 			"deletes by the mark where there is one":        d.Action != DoDelete || spec.SoftDelete == "",
 			"calls a resolver only where one is configured": d.Action != DoResolve || conflict == Function,

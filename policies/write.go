@@ -40,9 +40,9 @@ func (c *Collection) MayWrite(caller *Caller, op Operation) bool {
 		return false
 	}
 	if op == PushUpsert {
-		return c.takes(PushInsert) || c.takes(PushUpdate)
+		return c.Takes(PushInsert) || c.Takes(PushUpdate)
 	}
-	return c.takes(op)
+	return c.Takes(op)
 }
 
 func (c *Collection) writes(roles []string) bool {
@@ -53,7 +53,8 @@ func (c *Collection) writes(roles []string) bool {
 	return w.Roles == nil || slices.ContainsFunc(roles, func(role string) bool { return slices.Contains(w.Roles, role) })
 }
 
-func (c *Collection) takes(op Operation) bool {
+// Takes says whether the collection takes the operation from anybody: insert, update or delete.
+func (c *Collection) Takes(op Operation) bool {
 	w := c.Spec.Write
 	if w == nil {
 		return false
