@@ -56,8 +56,17 @@ const publicationSQL = `SELECT array_remove(ARRAY[CASE WHEN NOT pubinsert THEN '
 FROM pg_publication p WHERE pubname = $1`
 
 const columnsSQL = `SELECT a.attrelid, a.attnum, a.attname::text, a.atttypid, a.atttypmod, a.attnotnull, a.atthasdef OR a.atthasmissing OR a.attidentity <> '',
-	a.attgenerated::text, a.attstorage::text, coalesce((SELECT collisdeterministic FROM pg_collation WHERE pg_collation.oid = a.attcollation), true), a.xmin::text
-FROM pg_attribute a WHERE a.attrelid = ANY ($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum`
+	a.attidentity = 'a', base.declared, a.attgenerated::text, a.attstorage::text, coalesce((SELECT collisdeterministic FROM pg_collation WHERE pg_collation.oid = a.attcollation), true), a.xmin::text
+FROM pg_attribute a CROSS JOIN LATERAL (
+	WITH RECURSIVE d(oid, typmod) AS (
+		SELECT a.atttypid, a.atttypmod
+		UNION ALL
+		SELECT t.typbasetype, t.typtypmod FROM d JOIN pg_type t ON t.oid = d.oid WHERE t.typtype = 'd'
+	)
+	SELECT CASE WHEN d.typmod <> -1 AND t.typnamespace = 'pg_catalog'::regnamespace THEN format_type(d.oid, d.typmod) ELSE '' END
+	FROM d JOIN pg_type t ON t.oid = d.oid WHERE t.typtype <> 'd'
+) AS base(declared)
+WHERE a.attrelid = ANY ($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum`
 
 const keysSQL = `SELECT indrelid, a.attname::text, NOT i.indimmediate FROM pg_index i
 	CROSS JOIN LATERAL unnest(i.indkey[0:i.indnkeyatts - 1]) WITH ORDINALITY AS k(num, pos)
@@ -142,6 +151,9 @@ func (c *Catalog) load(ctx context.Context, q Querier, types *Types, publication
 	if err != nil {
 		return err
 	}
+	if err := loadConstraints(ctx, q, byOID, oids); err != nil {
+		return err
+	}
 	c.Publication.Name = publication
 	err = each(ctx, q, publicationSQL, []any{publication}, func(r pgx.Rows) error {
 		c.Publication.Exists = true
@@ -173,7 +185,8 @@ func loadColumns(ctx context.Context, q Querier, types *Types, tables map[uint32
 		var l loaded
 		var generated, storage string
 		col := &l.column
-		if err := r.Scan(&l.table, &col.Num, &col.Name, &l.typ, &col.TypMod, &col.NotNull, &col.HasDefault, &generated, &storage, &col.Deterministic, &col.stamp); err != nil {
+		if err := r.Scan(&l.table, &col.Num, &col.Name, &l.typ, &col.TypMod, &col.NotNull, &col.HasDefault,
+			&col.AlwaysAssigned, &col.declared, &generated, &storage, &col.Deterministic, &col.stamp); err != nil {
 			return err
 		}
 		col.Generated, col.Virtual = generated != "", generated == "v"

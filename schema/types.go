@@ -62,7 +62,10 @@ type Column struct {
 	Toastable  bool // its value may be stored out of line
 	// Deterministic is false where the column's collation calls different bytes equal.
 	Deterministic bool
-	stamp         string // changes whenever the column's definition is written anew
+	// AlwaysAssigned says GENERATED ALWAYS AS IDENTITY: no client can give it a value.
+	AlwaysAssigned bool
+	declared       string // the type as declared, a domain's base in its place, with its modifier; "" where the name alone says it
+	stamp          string // changes whenever the column's definition is written anew
 }
 
 // Table is one synced or syncable relation. For a partitioned table it describes the root.
@@ -84,9 +87,12 @@ type Table struct {
 	Listed        bool   // published with a column list
 	Leaves        []Leaf // partitions that hold rows, of a partitioned table
 	Partition     bool   // is itself a partition of another table
-	joined        string // names this stay in the publication: another one follows a gap
-	file          uint32 // pg_class.relfilenode: another one was written from scratch
-	width         int16  // pg_class.relnatts: columns that ever were
+	ForeignKeys   []ForeignKey
+	keyNames      []keyName // of the primary keys of the table and its partitions
+	keyEquals     []string  // the operators that compare the key's columns
+	joined        string    // names this stay in the publication: another one follows a gap
+	file          uint32    // pg_class.relfilenode: another one was written from scratch
+	width         int16     // pg_class.relnatts: columns that ever were
 }
 
 // Leaf is one partition that holds rows.
@@ -100,6 +106,17 @@ type Leaf struct {
 	Identity    byte
 	link        string // names this attachment to the root: another one follows a gap
 	file        uint32
+}
+
+// Ordinary returns the columns that a row holds as read and written by a push: all but generated ones, in the table's order.
+func (t *Table) Ordinary() []Column {
+	cols := make([]Column, 0, len(t.Columns))
+	for _, c := range t.Columns {
+		if !c.Generated {
+			cols = append(cols, c)
+		}
+	}
+	return cols
 }
 
 // Column returns the position of a column in t.Columns, or -1.
