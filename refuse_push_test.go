@@ -98,7 +98,8 @@ func TestPushRoleRefused(t *testing.T) {
 		ALTER TABLE app.all_rights OWNER TO $GATEWAY; ALTER TABLE app.by_column OWNER TO $GATEWAY; ALTER TABLE app.marked OWNER TO $GATEWAY; GRANT $WRITER TO $GATEWAY;
 		CREATE FUNCTION app.merge(jsonb, jsonb, jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT $2'; REVOKE ALL ON FUNCTION app.merge FROM public;
 		CREATE FUNCTION app.short(jsonb, jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT $2'; CREATE FUNCTION app.json(jsonb, jsonb, jsonb) RETURNS json LANGUAGE sql AS 'SELECT $2::json';
-		CREATE FUNCTION app.many(jsonb, jsonb, jsonb) RETURNS SETOF jsonb LANGUAGE sql AS 'SELECT $2'; CREATE PROCEDURE app.proc(jsonb, jsonb, jsonb) LANGUAGE sql AS 'SELECT 1'`)
+		CREATE FUNCTION app.many(jsonb, jsonb, jsonb) RETURNS SETOF jsonb LANGUAGE sql AS 'SELECT $2'; CREATE FUNCTION app.step(jsonb, jsonb, jsonb, jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT $2';
+		CREATE AGGREGATE app.agg(jsonb, jsonb, jsonb) (SFUNC = app.step, STYPE = jsonb)`)
 	const collections = `  all_rights: {table: app.all_rights, write: {roles: [editor]}, conflict: {function: app.merge}}
   by_column: {table: app.by_column, write: {operations: [insert, update], columns: [v], set: {owner: claims.sub}}, conflict: {function: app.mergee}}
   marked: {table: app.marked, soft_delete: {column: gone}, write: {operations: [delete]}, conflict: {function: app.short}}
@@ -122,16 +123,16 @@ config.yaml:11: collections.secured.conflict.function|found app.json(jsonb, json
 		return
 	}
 	f.exec(`GRANT USAGE ON SCHEMA app TO $WRITER; GRANT SELECT, INSERT, UPDATE, DELETE ON app.all_rights TO $WRITER; GRANT EXECUTE ON FUNCTION app.merge(jsonb, jsonb, jsonb) TO $WRITER;
-		GRANT SELECT ON app.by_column TO $WRITER; GRANT INSERT (id, v, owner), UPDATE (w) ON app.by_column TO $WRITER; GRANT SELECT, DELETE ON app.marked TO $WRITER;
+		GRANT SELECT ON app.by_column TO $WRITER; GRANT INSERT (id, v), UPDATE (w) ON app.by_column TO $WRITER; GRANT SELECT, DELETE ON app.marked TO $WRITER;
 		ALTER TABLE app.read_only FORCE ROW LEVEL SECURITY; ALTER TABLE app.secured FORCE ROW LEVEL SECURITY`)
-	mended := strings.NewReplacer("app.mergee", "app.merge", "app.short", "app.many", "app.nothing_like_it", "app.proc", "app.json", "app.merge").Replace(collections)
+	mended := strings.NewReplacer("app.mergee", "app.merge", "app.short", "app.many", "app.nothing_like_it", "app.agg", "app.json", "app.merge").Replace(collections)
 	f.requireSaid(f.init(f.writer, mended), `
-config.yaml:8: collections.by_column.write|GRANT UPDATE ON "app"."by_column" TO "$WRITER";
+config.yaml:8: collections.by_column.write|GRANT INSERT, UPDATE ON "app"."by_column" TO "$WRITER";
 config.yaml:9: collections.marked.write|GRANT UPDATE ON "app"."marked" TO "$WRITER";
 config.yaml:9: collections.marked.conflict.function|RETURNS SETOF jsonb,
-config.yaml:10: collections.read_only.conflict.function|RETURNS nothing,`)
-	f.exec(`GRANT UPDATE (v) ON app.by_column TO $WRITER; GRANT UPDATE (gone) ON app.marked TO $WRITER`)
-	mended = strings.NewReplacer("app.many", "app.merge", "app.proc", "app.merge").Replace(mended)
+config.yaml:10: collections.read_only.conflict.function|found app.agg(jsonb, jsonb, jsonb) RETURNS jsonb,`)
+	f.exec(`GRANT INSERT (owner), UPDATE (v) ON app.by_column TO $WRITER; GRANT UPDATE (gone) ON app.marked TO $WRITER`)
+	mended = strings.NewReplacer("app.many", "app.merge", "app.agg", "app.merge").Replace(mended)
 	if said := f.init(f.writer, mended); said != "" {
 		t.Errorf("with all rights: %s", said)
 	}
