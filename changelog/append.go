@@ -212,7 +212,7 @@ func (a *Appender) collect(pieces []Piece) {
 
 var copyHeader = append([]byte("PGCOPY\n\xff\r\n\x00"), 0, 0, 0, 0, 0, 0, 0, 0)
 
-const copyColumns = `COPY walgate.changes (version, tx, scope, collection, op, size, doc_id, data, guard, changed) FROM STDIN BINARY`
+const copyColumns = `COPY walgate.changes (version, tx, scope, collection, op, size, doc_id, data, guard, changed, document) FROM STDIN BINARY`
 
 func (a *Appender) copyEntries(ctx context.Context, pieces []Piece) error {
 	sql := copyColumns
@@ -237,7 +237,7 @@ func (a *Appender) copyEntries(ctx context.Context, pieces []Piece) error {
 
 func appendCopyRow(b []byte, e *Entry) []byte {
 	be := binary.BigEndian
-	b = append(b, 0, 10, 0, 0, 0, 8)
+	b = append(b, 0, 11, 0, 0, 0, 8)
 	b = be.AppendUint64(b, uint64(e.Version))
 	b = append(b, 0, 0, 0, 8)
 	b = be.AppendUint64(b, uint64(e.Tx))
@@ -251,7 +251,9 @@ func appendCopyRow(b []byte, e *Entry) []byte {
 	b = append(b, e.DocID...)
 	b = appendField(b, e.Data)
 	b = appendField(b, e.Guard)
-	return appendField(b, e.Changed)
+	b = appendField(b, e.Changed)
+	b = append(b, 0, 0, 0, 8)
+	return be.AppendUint64(b, uint64(documentHash(e.Collection, e.DocID)))
 }
 
 func appendField(b, v []byte) []byte {

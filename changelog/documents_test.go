@@ -1,9 +1,13 @@
 package changelog
 
 import (
+	"crypto/rand"
 	"fmt"
 	"reflect"
+	"strings"
 	"testing"
+
+	"github.com/jackc/pgx/v5"
 )
 
 // TestDocuments holds what is known of documents against a log written by hand.
@@ -58,6 +62,45 @@ func TestDocuments(t *testing.T) {
 	}
 	if got := ask(1, "born dead", v+7); got.Latest != v+8 {
 		t.Errorf("what lies above the floor doesn't count: %+v", got)
+	}
+}
+
+// TestDocumentsThatShareAHash are told apart, and an id may be of any length.
+func TestDocumentsThatShareAHash(t *testing.T) {
+	t.Parallel()
+	l, dsn := newLog(t)
+	a, c := lead(t, l, testClaim())
+	v := c.Version
+	long := rand.Text()
+	for len(long) < 10000 {
+		long += rand.Text()
+	}
+	appendNow(t, a, transaction(101, upsert(v+1, v+1, 1, long)), transaction(102, upsert(v+2, v+2, 1, "b")))
+	mustExec(t, session(t, dsn), fmt.Sprintf(`UPDATE walgate.changes SET document = %d`, documentHash(1, []byte(long))))
+	got, _, err := l.Documents(t.Context(), []DocumentAsk{{Collection: 1, DocID: []byte(long)}, {Collection: 2, DocID: []byte(long)}})
+	if err != nil || got[0].Latest != v+1 || got[1].Latest != 0 {
+		t.Errorf("%+v (%v)", got, err)
+	}
+}
+
+// TestDocumentsCostTheirChanges: the plan finds each by the index, whatever else the log holds.
+func TestDocumentsCostTheirChanges(t *testing.T) {
+	t.Parallel()
+	l, dsn, _, _ := filled(t, 4000)
+	conn := session(t, dsn)
+	mustExec(t, conn, `ANALYZE walgate.changes`, `SET enable_bitmapscan = off`)
+	rows, err := conn.Query(t.Context(), `EXPLAIN (ANALYZE, FORMAT TEXT) `+documentsSQL, []int32{1, 1}, []string{"7.1", "3999.2"},
+		[]int64{documentHash(1, []byte("7.1")), documentHash(1, []byte("3999.2"))}, []int64{0, 0})
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	plan := strings.Join(lines, "\n")
+	if err != nil || strings.Contains(plan, "Seq Scan on changes") || !strings.Contains(plan, "_document_version_idx") || strings.Contains(plan, "Rows Removed by Filter") {
+		t.Errorf("%v\n%s", err, plan)
+	}
+	if got, _, err := l.Documents(t.Context(), []DocumentAsk{{Collection: 1, DocID: []byte("7.1")}}); err != nil || got[0].Latest == 0 {
+		t.Errorf("%+v (%v)", got, err)
 	}
 }
 

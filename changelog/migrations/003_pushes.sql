@@ -8,5 +8,6 @@ ALTER TABLE walgate.transactions
 CREATE INDEX transactions_push ON walgate.transactions (push) WHERE push IS NOT NULL;
 CREATE INDEX transactions_client ON walgate.transactions (subject, client_id, tx) WHERE push IS NOT NULL;
 
--- What is known of one document.
-CREATE INDEX changes_document ON walgate.changes (collection, doc_id, version);
+-- A hash of collection and doc_id: finds a document's changes without a wide index (docs/decisions/document-lookups.md).
+ALTER TABLE walgate.changes ADD COLUMN document bigint;
+CREATE INDEX changes_document ON walgate.changes (document, version);
