@@ -16,7 +16,7 @@ import (
 var migrationFiles embed.FS
 
 // OwnTables are the tables in the source's schema walgate that the gateway reads and writes.
-var OwnTables = []string{"local_ids", "outcomes", "pushes", "source", "tables"}
+var OwnTables = []string{"local_ids", "outcomes", "pushes", "sessions", "source", "tables"}
 
 func migrations() fs.FS {
 	sub, err := fs.Sub(migrationFiles, "migrations")
