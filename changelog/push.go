@@ -101,6 +101,23 @@ func (l *Log) Pushed(ctx context.Context, ids []int64) ([]PushedChanges, error) 
 	return out, nil
 }
 
+// NewestPush returns the newest of a client's pushes that ends at or before upTo, nil where this history's log holds none.
+func (l *Log) NewestPush(ctx context.Context, subject, clientID string, upTo Version) (*Pushed, error) {
+	rows, err := l.pool.Query(ctx, `SELECT `+pushColumns+` FROM walgate.transactions WHERE subject = $1 AND client_id = $2 AND push IS NOT NULL
+		AND tx <= $3 AND last <= $3 AND tx > (SELECT floor FROM walgate.checkpoint) ORDER BY tx DESC LIMIT 1`, subject, clientID, int64(upTo))
+	if err != nil {
+		return nil, readError(err)
+	}
+	found, err := scanPushes(rows)
+	switch {
+	case err != nil:
+		return nil, readError(err)
+	case len(found) == 0:
+		return nil, nil
+	}
+	return &found[0], nil
+}
+
 // lastOfEach keeps each document's newest change, in the order of versions.
 func lastOfEach(changes []PushedChange) []PushedChange {
 	type document struct {
