@@ -20,6 +20,9 @@ const (
 	InvalidLimit          Code = "invalid_limit"
 	InvalidCursor         Code = "invalid_cursor"
 	CursorExpired         Code = "cursor_expired"
+	UnknownSession        Code = "unknown_session"
+	SessionExpired        Code = "session_expired"
+	InvalidLastUpdate     Code = "invalid_last_update"
 	NotFound              Code = "not_found"
 	MethodNotAllowed      Code = "method_not_allowed"
 	RequestTimeout        Code = "request_timeout"
@@ -68,6 +71,9 @@ var wireErrors = []WireError{
 	{InvalidLimit, 400, 0, false, "The limit is out of range", "Send a limit within the range that `detail` names."},
 	{InvalidCursor, 400, 0, false, "The cursor can't be read", "Send `X-Sync-Cursor` exactly as received, or start the full resync anew."},
 	{CursorExpired, 410, 0, false, "The full resync can't be continued", "Start the full resync anew, without a cursor."},
+	{UnknownSession, 404, 0, false, "There is no such session: it was never opened, or the device has opened another since", "Open a session, then go on with its `sync_uuid`."},
+	{SessionExpired, 410, 0, false, "The session can't be continued", "Open a session, then go on with its `sync_uuid`."},
+	{InvalidLastUpdate, 400, 0, false, "last_update is no place in the change log", "Send the `last_seq` of the last page applied; where the session is older than a full resync, open another."},
 	{NotFound, 404, 0, false, "There is nothing at this address", "Correct the address."},
 	{MethodNotAllowed, 405, 0, false, "The address does not take this method", "Use a method that `Allow` lists."},
 	{RequestTimeout, 408, 0, true, "The request did not arrive in time", "Repeat the request."},

@@ -68,7 +68,7 @@ func (x *export) begin(ctx context.Context, since *changelog.Cursor) error {
 
 // anchor finds L for a snapshot that was taken after the log stood at before.
 func (x *export) anchor(ctx context.Context, s *snapshot, before *changelog.Head, since *changelog.Cursor, lastAttempt bool) error {
-	if err := x.passFence(ctx); err != nil {
+	if err := x.g.passFence(ctx); err != nil {
 		return err
 	}
 	first, shown, h, err := x.g.o.Log.FirstInvisible(ctx, s.xmax, s.running)
@@ -107,14 +107,14 @@ func (x *export) anchor(ctx context.Context, s *snapshot, before *changelog.Head
 }
 
 // passFence waits until everything that was visible when it was called is durable and logged.
-func (x *export) passFence(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, x.g.limits.fence)
+func (g *Gateway) passFence(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, g.limits.fence)
 	defer cancel()
-	lsn, err := x.g.o.Fence(ctx)
+	lsn, err := g.o.Fence(ctx)
 	if err != nil {
 		return (&Problem{Code: SourceUnavailable}).Because(err)
 	}
-	if err := x.g.hub.waitLSN(ctx, lsn); err != nil {
+	if err := g.hub.waitLSN(ctx, lsn); err != nil {
 		return (&Problem{Code: LogBehind, Detail: "the change log has not reached the source's present state in time", RetryAfter: 2 * time.Second}).Because(err)
 	}
 	return nil
@@ -126,7 +126,7 @@ func (x *export) settle(ctx context.Context) (changelog.Version, error) {
 	if x.beyond == 0 {
 		return 0, nil
 	}
-	if err := x.passFence(ctx); err != nil { // what the later snapshots showed is durable and logged now
+	if err := x.g.passFence(ctx); err != nil { // what the later snapshots showed is durable and logged now
 		return 0, err
 	}
 	h, err := x.g.o.Log.Head(ctx)

@@ -76,6 +76,7 @@ const (
 	reasonHistory = "history_changed" // the log began anew
 	reasonAhead   = "ahead_of_log"    // the client has seen what this log never held
 	reasonTooOld  = "too_old"         // the changes since then are gone, or don't tell all
+	reasonFirst   = "first_sync"      // the device of a session has nothing yet
 )
 
 // usable says whether every collection can be served from a log in this state.

@@ -120,6 +120,9 @@ func knownParameters(c *fiber.Ctx, known ...string) error {
 // pull answers GET /sync/pull.
 func (g *Gateway) pull(c *fiber.Ctx) error {
 	g.metrics.pulls.Inc()
+	if isSessionPull(c) {
+		return g.pullSession(c)
+	}
 	r, err := parsePull(c)
 	if err != nil {
 		return err
@@ -165,11 +168,11 @@ func (g *Gateway) pullPage(ctx context.Context, f *feed, r pullRequest) (body []
 		}
 		list := lastStates(f.judge(p.Entries, &p.Head, g.policyFailed))
 		if len(list) > 0 || p.More || r.until != 0 {
-			return appendPage(f, p, list), len(list), room, nil
+			return appendPage(f, p, list, f.cursor(p.Last, p.Head.History)), len(list), room, nil
 		}
 		room.release() // while it waits it holds nothing
 		if !g.waitForChange(ctx, f, p.Last, deadline) {
-			return appendPage(f, p, list), 0, nil, nil
+			return appendPage(f, p, list, f.cursor(p.Last, p.Head.History)), 0, nil, nil
 		}
 		since.Version = p.Last // what lies before is nothing that the caller may see
 	}
@@ -201,8 +204,8 @@ func (g *Gateway) waitForChange(ctx context.Context, f *feed, v changelog.Versio
 	return false
 }
 
-// appendPage writes the answer of a pull.
-func appendPage(f *feed, p *changelog.Page, list []change) []byte {
+// appendPage writes the answer of a pull; last is its last_seq.
+func appendPage(f *feed, p *changelog.Page, list []change, last string) []byte {
 	size := 256
 	for i := range list {
 		size += len(list[i].entry.Data) + len(list[i].entry.DocID) + 200
@@ -216,7 +219,7 @@ func appendPage(f *feed, p *changelog.Page, list []change) []byte {
 		b = appendChange(b, c.collection, c.entry, c.op, p.Head.History)
 	}
 	b = append(b, `],"last_seq":"`...)
-	b = append(b, f.cursor(p.Last, p.Head.History)...)
+	b = append(b, last...)
 	b = append(b, `","seq":`...)
 	b = strconv.AppendInt(b, int64(p.Last), 10)
 	b = append(b, `,"has_more":`...)

@@ -11,7 +11,7 @@ import (
 	"github.com/gofiber/fiber/v2/utils"
 )
 
-// bodyLimit: no route of the read side takes a body.
+// bodyLimit is for routes that take no body; the others read theirs with limits of their own.
 const bodyLimit = 64 << 10
 
 // routes makes the HTTP server.
@@ -36,6 +36,8 @@ func (g *Gateway) routes() *fiber.App {
 	sync.Get("/pull", g.authenticated, g.pull)
 	sync.Get("/full", g.authenticated, g.full)
 	sync.Get("/stream", g.upgrade)
+	sync.Post("/sessions", g.authenticated, g.openSession)
+	sync.Post("/sessions/:sync_uuid/complete", g.authenticated, g.completeSession)
 	app.Server().KeepHijackedConns = true // streams close them; see accept
 	return app
 }
