@@ -72,12 +72,13 @@ func LockRows(ctx context.Context, q Querier, t *Table, asks []Ask) ([]Found, er
 }
 
 // CheckAsks tells those asks whose texts PostgreSQL can't convert, after LockRows failed for one: an error for each of
-// them, nil for the others. It locks nothing. With ErrKey in its chain, an error is the key's.
-func CheckAsks(ctx context.Context, tx pgx.Tx, t *Table, asks []Ask) ([]error, error) {
+// them, nil for the others. It locks nothing; q is in a
+// transaction, which goes on. With ErrKey in its chain, an error is the key's.
+func CheckAsks(ctx context.Context, q Querier, t *Table, asks []Ask) ([]error, error) {
 	faults := make([]error, len(asks))
 	var check func(from, to int, keys bool) error
 	check = func(from, to int, keys bool) error {
-		err := checkAsks(ctx, tx, t, asks[from:to], keys)
+		err := checkAsks(ctx, q, t, asks[from:to], keys)
 		if err == nil || !isFaultOfInput(err) {
 			return err
 		}
@@ -114,7 +115,7 @@ func CheckAsks(ctx context.Context, tx pgx.Tx, t *Table, asks []Ask) ([]error, e
 }
 
 // checkAsks converts the asks, or their keys alone, within a savepoint.
-func checkAsks(ctx context.Context, tx pgx.Tx, t *Table, asks []Ask, keys bool) error {
+func checkAsks(ctx context.Context, q Querier, t *Table, asks []Ask, keys bool) error {
 	if len(asks) == 0 {
 		return nil
 	}
@@ -128,12 +129,12 @@ func checkAsks(ctx context.Context, tx pgx.Tx, t *Table, asks []Ask, keys bool) 
 	if err != nil {
 		return err
 	}
-	savepoint, err := tx.Begin(ctx)
-	if err != nil {
+	ignore := func(pgx.Rows) error { return nil }
+	if err := each(ctx, q, "SAVEPOINT walgate_check", nil, ignore); err != nil {
 		return err
 	}
-	err = each(ctx, savepoint, l.conversion(), []any{l.param}, func(pgx.Rows) error { return nil })
-	return errors.Join(err, savepoint.Rollback(ctx))
+	err = each(ctx, q, l.conversion(), []any{l.param}, ignore)
+	return errors.Join(err, each(ctx, q, "ROLLBACK TO SAVEPOINT walgate_check", nil, ignore))
 }
 
 // isFaultOfInput says whether an error may go away with other input.
