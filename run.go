@@ -47,7 +47,7 @@ func serve(ctx context.Context, cfg *Config, logger *slog.Logger, ready chan<- s
 	bus := changelog.NewMemoryBus()
 	leader := replication.NewLeader(replication.Options{
 		Source: p.source, ReplicationURL: cfg.replicationURL(), Slot: cfg.Replication.Slot, Publications: p.publications,
-		ConfigRevision: cfg.Revision, MaxSlotLag: int64(cfg.Limits.MaxSlotLag), Log: p.log, Bus: bus, Watcher: p.watcher, Stats: &stats, Logger: logger,
+		ConfigRevision: cfg.Revision, MaxSlotLag: int64(cfg.Limits.MaxSlotLag), PushRetention: cfg.Push.IdempotencyRetention, Log: p.log, Bus: bus, Watcher: p.watcher, Stats: &stats, Logger: logger,
 	})
 	gw := gateway.New(gatewayOptions(cfg, p, bus, auth, &stats, logger))
 	listener, scheme, err := listen(cfg)

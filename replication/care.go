@@ -6,7 +6,9 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
 	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/schema"
 )
 
 // Fence commits a transactional logical message durably and returns its place. Once the log has passed that LSN, it
@@ -73,6 +75,9 @@ func (l *Leader) care(ctx context.Context, walsender uint32, epoch int64) error 
 		if err := l.expire(ctx, time.Now()); err != nil && ctx.Err() == nil {
 			l.o.Logger.Warn("retention could not be applied to the change log; trying again", "error", err)
 		}
+		if err := l.forget(ctx, time.Now()); err != nil && ctx.Err() == nil {
+			l.o.Logger.Warn("old records of pushes and sessions could not be deleted from the source; trying again", "error", err)
+		}
 	}
 }
 
@@ -128,6 +133,33 @@ func (l *Leader) expire(ctx context.Context, now time.Time) error {
 		l.droppable, l.expired = next, now
 	}
 	return err
+}
+
+// forgetBatches bounds what one round of forget deletes of each kind, so that care is soon back at its other duties.
+const forgetBatches = 20
+
+// forget deletes old records of pushes and sessions from the source: now and then, and again soon while some are left.
+func (l *Leader) forget(ctx context.Context, now time.Time) error {
+	if l.o.PushRetention == 0 || now.Sub(l.forgotten) < expireInterval {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	kept := schema.Kept{Pushes: l.o.PushRetention, Sessions: l.o.PushRetention}
+	for _, c := range l.o.Watcher.Current().Set.Collections { // a device may come back for as long as the log holds what it lacks
+		kept.Sessions = max(kept.Sessions, c.Retention)
+	}
+	for range forgetBatches {
+		more, err := schema.Forget(ctx, l.o.Source, kept)
+		if err != nil {
+			return err
+		}
+		if !more {
+			l.forgotten = now
+			return nil
+		}
+	}
+	return nil
 }
 
 func (l *Leader) checkSlot(ctx context.Context) error {

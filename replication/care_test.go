@@ -41,3 +41,32 @@ func TestRetentionOutlivesTenures(t *testing.T) {
 		t.Errorf("the floor is %d (%s), want at least %d", c.Floor, c.FloorReason, past+day)
 	}
 }
+
+// TestOldRecordsAreForgotten: records of pushes go when their retention has passed, a device's session only when the log
+// doesn't reach back to it either; and nobody looks for them all the time.
+func TestOldRecordsAreForgotten(t *testing.T) {
+	t.Parallel()
+	s := newSource(t, setup{})
+	l := NewLeader(Options{Source: s.pool, Watcher: s.watcher, PushRetention: 24 * time.Hour})
+	began := time.Now()
+	for _, step := range []struct {
+		after            time.Duration
+		pushes, sessions int // that are left of one, and two, as below
+	}{{0, 0, 1}, {expireInterval / 2, 1, 2}, {expireInterval, 0, 1}} {
+		s.exec(`INSERT INTO walgate.pushes (subject, client_id, created_at) VALUES ('a', 'x', now() - interval '2 days')`)
+		s.exec(`INSERT INTO walgate.sessions (subject, device_uuid, sync_uuid, max_checkin, opened_at) SELECT 'a', d, gen_random_uuid(), '', now() - make_interval(days => d::int)
+			FROM unnest('{29,31}'::text[]) d ON CONFLICT DO NOTHING`)
+		s.ok(l.forget(t.Context(), began.Add(step.after)))
+		if n := query[int](s, `SELECT count(*) FROM walgate.pushes`); n != step.pushes {
+			t.Errorf("after %s %d pushes are left, want %d", step.after, n, step.pushes)
+		}
+		if n := query[int](s, `SELECT count(*) FROM walgate.sessions`); n != step.sessions {
+			t.Errorf("after %s %d sessions are left, want %d", step.after, n, step.sessions)
+		}
+	}
+	s.exec(`INSERT INTO walgate.pushes (subject, client_id, created_at) VALUES ('a', 'x', now() - interval '2 days')`)
+	s.ok(NewLeader(Options{Source: s.pool, Watcher: s.watcher}).forget(t.Context(), began))
+	if n := query[int](s, `SELECT count(*) FROM walgate.pushes`); n != 1 {
+		t.Error("a push is forgotten although none is to be")
+	}
+}

@@ -31,7 +31,8 @@ type Options struct {
 	Slot           string
 	Publications   schema.Publications
 	ConfigRevision int64
-	MaxSlotLag     int64 // bytes that the slot may hold back before it is warned of
+	MaxSlotLag     int64         // bytes that the slot may hold back before it is warned of
+	PushRetention  time.Duration // how long the source's records of pushes are kept; 0: for ever
 	Log            *changelog.Log
 	Bus            changelog.Bus
 	Watcher        *Watcher
@@ -50,6 +51,7 @@ type Leader struct {
 	failures   int               // how often it has in a row
 	expired    time.Time         // when retention was last applied
 	droppable  changelog.Version // log partitions below it may go with the next time
+	forgotten  time.Time         // when nothing was left to forget in the source
 	server     changelog.Server  // the source as last seen
 	noted      int64             // the last number that source and log both hold
 	notedAt    int64             // how many transactions were logged then; -1: it is due
