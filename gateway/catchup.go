@@ -17,7 +17,8 @@ func (s *session) catchUp(ctx context.Context) error {
 	s.sent = max(s.sent, s.sub.reached(0))
 	until := changelog.Version(0) // once live: where the queue begins
 	for {
-		p, room, err := s.g.readPage(ctx, changelog.Request{Scopes: s.sub.feed.scopes, Since: s.sent, Until: until, Limit: catchUpPage, MaxBytes: s.g.memory.share(catchUpBytes)})
+		p, room, err := s.g.readPage(ctx, changelog.Request{Scopes: s.sub.feed.scopes, Since: s.sent, Until: until, Limit: catchUpPage, MaxBytes: s.g.memory.share(catchUpBytes),
+			Subject: s.sub.client.subject, ClientID: s.sub.client.id})
 		if err != nil {
 			return err
 		}
@@ -67,7 +68,7 @@ func (s *session) markReady() error {
 
 // sendPage writes a page of the log as frames, with a checkpoint after each complete transaction.
 func (s *session) sendPage(p *changelog.Page) error {
-	changes := s.sub.feed.judge(p.Entries, &p.Head, s.g.policyFailed)
+	changes := s.sub.feed.judgePage(p, s.g.policyFailed)
 	var frames []frame
 	size := 0
 	add := func(data []byte, kind frameKind) error {
@@ -94,7 +95,7 @@ func (s *session) sendPage(p *changelog.Page) error {
 			}
 		}
 		s.open.version, s.open.tx = c.entry.Version, c.entry.Tx
-		if err := add(appendChange(nil, c.collection, c.entry, c.op, s.history), frameChange); err != nil {
+		if err := add(appendChange(nil, c.collection, c.entry, c.op, s.history, c.own), frameChange); err != nil {
 			return err
 		}
 	}

@@ -165,6 +165,7 @@ type change struct {
 	entry      *changelog.Entry
 	collection string
 	op         policies.Op
+	own        own // to the client whose push it is; else empty
 }
 
 // judge turns entries (in version order) into what they mean to the caller: one change for each row change that it sees,
@@ -190,11 +191,11 @@ func (f *feed) judge(entries []changelog.Entry, h *changelog.Head, failed func(s
 		}
 		if n := len(out); n > 0 && out[n-1].entry.Version == e.Version {
 			if stronger(op, out[n-1].op) {
-				out[n-1] = change{e, c.Name, op}
+				out[n-1] = change{entry: e, collection: c.Name, op: op}
 			}
 			continue
 		}
-		out = append(out, change{e, c.Name, op})
+		out = append(out, change{entry: e, collection: c.Name, op: op})
 	}
 	return out
 }
@@ -213,24 +214,27 @@ func stronger(a, b policies.Op) bool {
 	return rank(a) > rank(b)
 }
 
-// lastStates keeps of each document the last change only, in version order.
+// lastStates keeps of each document the last change only, in version order. What its client calls it stays with it.
 func lastStates(changes []change) []change {
-	seen := make(map[string]struct{}, len(changes))
+	kept := make(map[string]int, len(changes))
 	n := len(changes)
 	for i := len(changes) - 1; i >= 0; i-- {
 		key := changes[i].collection + "\x00" + string(changes[i].entry.DocID)
-		if _, dup := seen[key]; dup {
+		if at, dup := kept[key]; dup {
+			if changes[at].own.localID == "" {
+				changes[at].own.localID = changes[i].own.localID
+			}
 			continue
 		}
-		seen[key] = struct{}{}
 		n--
+		kept[key] = n
 		changes[n] = changes[i]
 	}
 	return changes[n:]
 }
 
 // appendChange appends the change as clients see it, in a page and as a frame of the stream alike.
-func appendChange(b []byte, collection string, e *changelog.Entry, op policies.Op, history string) []byte {
+func appendChange(b []byte, collection string, e *changelog.Entry, op policies.Op, history string, mine own) []byte {
 	b = append(b, `{"version":"`...)
 	b = e.Version.AppendText(b, history)
 	b = append(b, `","seq":`...)
@@ -250,5 +254,14 @@ func appendChange(b []byte, collection string, e *changelog.Entry, op policies.O
 	}
 	b = append(b, `,"tx":"`...)
 	b = e.Tx.AppendText(b, history)
-	return append(b, `"}`...)
+	b = append(b, '"')
+	if mine.clientID != "" {
+		b = append(b, `,"client_id":`...)
+		b = schema.AppendString(b, []byte(mine.clientID))
+	}
+	if mine.localID != "" {
+		b = append(b, `,"local_id":`...)
+		b = schema.AppendString(b, []byte(mine.localID))
+	}
+	return append(b, '}')
 }

@@ -37,17 +37,18 @@ type hub struct {
 	scopes  map[[16]byte][]*subscriber
 	subs    map[*subscriber]struct{}
 	waiters map[chan struct{}]changelog.LSN
-	started chan struct{} // closed once head is set
-	touched []*subscriber // of the transaction being delivered; kept for its memory
-	partial []*subscriber // got an earlier part of it
-	joined  bool          // somebody did since the subscribers were last held against the collections' state
+	echoes  map[int64]chan changelog.Pushed // who waits for a push, by its id
+	started chan struct{}                   // closed once head is set
+	touched []*subscriber                   // of the transaction being delivered; kept for its memory
+	partial []*subscriber                   // got an earlier part of it
+	joined  bool                            // somebody did since the subscribers were last held against the collections' state
 	// checkpoints are the frames of the transaction that ends, by scope hash.
 	checkpoints map[string][]byte
 }
 
 func newHub(log *changelog.Log, bus changelog.Bus, logger *slog.Logger, memory *budget, failed func(string, error)) *hub {
 	return &hub{memory: memory, log: log, bus: bus, logger: logger, failed: failed, every: positionCheck, checkpoints: map[string][]byte{}, scopes: map[[16]byte][]*subscriber{}, subs: map[*subscriber]struct{}{},
-		waiters: map[chan struct{}]changelog.LSN{}, started: make(chan struct{})}
+		waiters: map[chan struct{}]changelog.LSN{}, echoes: map[int64]chan changelog.Pushed{}, started: make(chan struct{})}
 }
 
 // run follows the log until ctx ends.
@@ -80,6 +81,7 @@ func (h *hub) apply(b *changelog.Batch) bool {
 	if h.head == nil || b.History != h.head.History {
 		return false
 	}
+	h.echoLocked(b.Pushes)
 	if b.Last < h.head.Version || b.Last == h.head.Version && len(b.Entries) == 0 && len(b.Raises) == 0 && !b.Omitted {
 		h.passLocked(b.LSN) // a fence, an idle position, or a message that came twice
 		return true
@@ -91,7 +93,7 @@ func (h *hub) apply(b *changelog.Batch) bool {
 		return false
 	}
 	h.raiseLocked(b.Raises) // first: a checkpoint above a new floor would let a client go on that must resynchronise
-	h.deliverLocked(b.Entries, true)
+	h.deliverLocked(b.Entries, b.Pushes, true)
 	h.head.Version, h.whole = b.Last, b.Last
 	h.passLocked(b.LSN)
 	return true
@@ -131,7 +133,7 @@ func (h *hub) step(ctx context.Context) (more bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	h.mu.Lock()
-	old, idle := h.head, len(h.subs) == 0
+	old, idle := h.head, h.idleLocked()
 	h.mu.Unlock()
 	if old == nil || idle {
 		now, err := h.log.Head(ctx)
@@ -162,7 +164,8 @@ func (h *hub) step(ctx context.Context) (more bool, err error) {
 	stand := p.Head // its collections and floors hold from here on; the position follows with the entries
 	stand.Version, stand.LSN = old.Version, old.LSN
 	h.adoptLocked(&stand)
-	h.deliverLocked(p.Entries, !p.Partial)
+	h.echoLocked(p.Pushes)
+	h.deliverLocked(p.Entries, p.Pushes, !p.Partial)
 	h.head.Version, h.target = p.Last, now.Version
 	if !p.Partial {
 		h.whole = p.Last
@@ -180,8 +183,8 @@ func (h *hub) standAt(now *changelog.Head) {
 	if h.head != nil && h.head.Version > now.Version && h.head.History == now.History {
 		return // a batch was applied meanwhile
 	}
-	if h.head != nil && h.head.Version < now.Version && len(h.subs) > 0 && h.head.History == now.History {
-		return // somebody subscribed meanwhile: the next step reads the entries
+	if h.head != nil && h.head.Version < now.Version && !h.idleLocked() && h.head.History == now.History {
+		return // somebody came meanwhile: the next step reads the entries
 	}
 	h.adoptLocked(now)
 	h.whole = now.Version
@@ -354,15 +357,17 @@ func (h *hub) leave(s *subscriber) {
 }
 
 // deliverLocked hands entries (in version order) to the live subscribers of their scopes, a transaction at a time.
-// complete says that the last transaction ends here. Each frame is encoded once, however many get it.
-func (h *hub) deliverLocked(entries []changelog.Entry, complete bool) {
-	fr := frames{memory: h.memory}
+// complete says that the last transaction ends here. Each frame is encoded once, however many get it, and once more for the
+// client whose push the transaction is.
+func (h *hub) deliverLocked(entries []changelog.Entry, pushes []changelog.Pushed, complete bool) {
+	fr, marks := frames{memory: h.memory}, markReader{pushes: pushes}
 	defer fr.release()
 	for i := 0; i < len(entries); {
 		j := i + 1
 		for j < len(entries) && entries[j].Version == entries[i].Version {
 			j++
 		}
+		fr.reset(entries[i:j], h.head, marks.of(entries[i].Tx))
 		h.deliverVersionLocked(entries[i:j], &fr)
 		if j == len(entries) && complete || j < len(entries) && entries[j].Tx != entries[i].Tx {
 			h.endTransactionLocked(entries[i].Version)
@@ -379,7 +384,6 @@ func (h *hub) deliverLocked(entries []changelog.Entry, complete bool) {
 // deliverVersionLocked hands out one row change, which may touch several scopes: the row's presence in one outweighs its
 // leaving another.
 func (h *hub) deliverVersionLocked(group []changelog.Entry, fr *frames) {
-	fr.reset(group, h.head)
 	if fr.name == "" {
 		return
 	}
@@ -395,7 +399,7 @@ func (h *hub) deliverVersionLocked(group []changelog.Entry, fr *frames) {
 					continue
 				}
 				s.last = e.Version
-				if s.pend(fr.encoded(e, op), e.Version, e.Tx) {
+				if s.pend(fr.encoded(s, e, op), e.Version, e.Tx) {
 					h.touched = append(h.touched, s)
 				}
 			}
@@ -422,70 +426,4 @@ func (h *hub) endTransactionLocked(v changelog.Version) {
 		}
 	}
 	h.touched, h.partial = h.touched[:0], h.partial[:0]
-}
-
-// frames holds what is made once per row change: its encodings and its judgements by distinct projection of claims.
-type frames struct {
-	memory  *budget
-	name    string
-	history string
-	made    [3]frame // upsert, delete, leave
-	judged  map[string]judgement
-}
-
-type judgement struct {
-	op   policies.Op
-	seen bool
-}
-
-func (f *frames) reset(group []changelog.Entry, head *changelog.Head) {
-	f.release()
-	f.name, f.history = "", head.History
-	clear(f.judged)
-	if st := head.Collection(group[0].Collection); st != nil {
-		f.name = st.Name
-	}
-}
-
-// judge evaluates a filter once per distinct projection of claims.
-func (f *frames) judge(s *subscriber, e *changelog.Entry, failed func(string, error)) (policies.Op, bool) {
-	if len(e.Guard) == 0 {
-		return policies.Op(e.Op), true
-	}
-	c := s.feed.collection(f.name)
-	if c == nil {
-		return 0, false
-	}
-	key := string(rune(e.Op)) + string(e.Guard) + "\x00" + c.JudgeKey(s.feed.caller) // entering and staying have guards of their own
-	if j, ok := f.judged[key]; ok {
-		return j.op, j.seen
-	}
-	op, seen, err := c.Judge(policies.Op(e.Op), e.Guard, s.feed.caller)
-	if err != nil {
-		failed(c.Name, err)
-	}
-	if f.judged == nil {
-		f.judged = map[string]judgement{}
-	}
-	f.judged[key] = judgement{op, seen}
-	return op, seen
-}
-
-// release gives up the hub's part in the frames made; the queues have theirs.
-func (f *frames) release() { releaseAll(f.made[:]) }
-
-// encoded returns the change's frame, without room where the budget has none.
-func (f *frames) encoded(e *changelog.Entry, op policies.Op) frame {
-	at := &f.made[0]
-	switch op {
-	case policies.Delete:
-		at = &f.made[1]
-	case policies.Leave:
-		at = &f.made[2]
-	}
-	if at.data == nil {
-		at.data = appendChange(make([]byte, 0, len(e.Data)+256), f.name, e, op, f.history)
-		at.kind, at.room = frameChange, f.memory.hold(len(at.data))
-	}
-	return *at
 }

@@ -353,7 +353,7 @@ func TestJoinWithinATransaction(t *testing.T) {
 		return changelog.Entry{Version: v, Tx: 101, Scope: scopeKey(1), Collection: 1, Op: byte(policies.Upsert), DocID: []byte("1"), Data: []byte(`{"id":1}`)}
 	}
 	h.mu.Lock()
-	h.deliverLocked([]changelog.Entry{entry(180), entry(200)}, true)
+	h.deliverLocked([]changelog.Entry{entry(180), entry(200)}, nil, true)
 	h.head.Version, h.whole = 200, 200
 	h.mu.Unlock()
 	if got, checkpoints := versions(t, s); len(got) != 0 || checkpoints != 0 {

@@ -29,6 +29,7 @@ type pullRequest struct {
 	collections  []string
 	limit        int
 	wait         time.Duration
+	client       client // whose marks are wanted
 }
 
 func parsePull(c *fiber.Ctx) (r pullRequest, err error) {
@@ -49,6 +50,9 @@ func parsePull(c *fiber.Ctx) (r pullRequest, err error) {
 		r.until = max(until.Version, r.since.Version, 1) // 0 would mean the newest
 	}
 	if r.limit, err = intParameter(c, "limit", pullDefault, 1, pullMost); err != nil {
+		return r, err
+	}
+	if r.client.id, err = clientParameter(c); err != nil {
 		return r, err
 	}
 	r.collections = listParameter(c, "collections")
@@ -127,7 +131,9 @@ func (g *Gateway) pull(c *fiber.Ctx) error {
 	if err != nil {
 		return err
 	}
-	feed, err := g.feedFor(identityOf(c), r.collections)
+	id := identityOf(c)
+	r.client.subject = id.Subject
+	feed, err := g.feedFor(id, r.collections)
 	if err != nil {
 		return err
 	}
@@ -149,7 +155,8 @@ func (g *Gateway) pullPage(ctx context.Context, f *feed, r pullRequest) (body []
 	deadline := time.Now().Add(r.wait)
 	since := r.since
 	for {
-		p, room, err := g.readPage(ctx, changelog.Request{Scopes: f.scopes, Since: since.Version, Until: r.until, Limit: r.limit, MaxBytes: g.limits.page})
+		p, room, err := g.readPage(ctx, changelog.Request{Scopes: f.scopes, Since: since.Version, Until: r.until, Limit: r.limit, MaxBytes: g.limits.page,
+			Subject: r.client.subject, ClientID: r.client.id})
 		if err != nil {
 			return nil, 0, nil, err
 		}
@@ -166,7 +173,7 @@ func (g *Gateway) pullPage(ctx context.Context, f *feed, r pullRequest) (body []
 			room.release()
 			return nil, 0, nil, &Problem{Code: InvalidSince, Detail: "until is of another history than since", Errors: []FieldError{{"until", "of another history than since"}}}
 		}
-		list := lastStates(f.judge(p.Entries, &p.Head, g.policyFailed))
+		list := lastStates(f.judgePage(p, g.policyFailed))
 		if len(list) > 0 || p.More || r.until != 0 {
 			return appendPage(f, p, list, f.cursor(p.Last, p.Head.History)), len(list), room, nil
 		}
@@ -216,7 +223,7 @@ func appendPage(f *feed, p *changelog.Page, list []change, last string) []byte {
 		if i > 0 {
 			b = append(b, ',')
 		}
-		b = appendChange(b, c.collection, c.entry, c.op, p.Head.History)
+		b = appendChange(b, c.collection, c.entry, c.op, p.Head.History, c.own)
 	}
 	b = append(b, `],"last_seq":"`...)
 	b = append(b, last...)

@@ -29,6 +29,7 @@ type clientFrame struct {
 	Collections []string        `json:"collections"`
 	Token       string          `json:"token"`
 	Batch       bool            `json:"batch"`
+	ClientID    string          `json:"client_id"`
 }
 
 // session is one subscribed WebSocket. run owns the writing; a second goroutine reads.
@@ -131,12 +132,18 @@ func (s *session) begin(ctx context.Context, token string) error {
 	if s.since, err = parseSince(f.Since); err != nil {
 		return err
 	}
+	if detail := clientFault(f.ClientID); detail != "" {
+		return NewProblem(InvalidFrame, "client_id %s", detail)
+	}
 	feed, err := s.g.feedFor(id, f.Collections)
 	if err != nil {
 		return err
 	}
 	s.batch, s.sent = f.Batch, s.since.Version
 	s.sub = newSubscriber(feed, s.g.limits.queue)
+	if f.ClientID != "" {
+		s.sub.client = client{s.identity.Subject, f.ClientID}
+	}
 	return nil
 }
 

@@ -24,9 +24,10 @@ const (
 // full, the subscriber leaves the live path with everything before the transaction that didn't fit queued, and reads the
 // log from there.
 type subscriber struct {
-	feed  *feed
-	limit int           // bytes that may wait; 0: the first change ends the live path (a long poll)
-	bell  chan struct{} // capacity 1: look at the queue
+	feed   *feed
+	client client        // whose marks it is shown; the empty one is nobody's
+	limit  int           // bytes that may wait; 0: the first change ends the live path (a long poll)
+	bell   chan struct{} // capacity 1: look at the queue
 
 	// Of the hub, under its lock.
 	slots []int             // position in the hub's list of each scope
