@@ -92,7 +92,8 @@ type demo struct {
 	demoOptions
 	configPath string
 	version    int
-	database   string // Connection string to the application's database.
+	database   string        // Connection string to the application's database.
+	guided     chan struct{} // Closed once the guide is printed.
 }
 
 // runDemo runs the demo until ctx or its duration ends, and cleans up.
@@ -125,7 +126,7 @@ func runDemo(ctx context.Context, o demoOptions) (err error) {
 		defer cancel()
 		err = errors.Join(err, server.Close(ctx))
 	}()
-	d := &demo{demoOptions: o, version: server.Version(), database: server.DSN(demoDatabase)}
+	d := &demo{demoOptions: o, version: server.Version(), database: server.DSN(demoDatabase), guided: make(chan struct{})}
 	if err := createDemoApp(ctx, server.DSN("postgres"), d.database); err != nil {
 		return err
 	}
@@ -233,11 +234,14 @@ collections:
     scope:
       - {owner_id: claims.sub}
       - {team_id: claims.teams}
+    write: {roles: [user], columns: [team_id, name, color], set: {owner_id: claims.sub}}
   todos:
     table: public.todos
     scope:
       - {owner_id: claims.sub}
       - {team_id: claims.teams}
+    write: {roles: [user], columns: [list_id, team_id, title, done, due, photo_id], set: {owner_id: claims.sub}, check: "size(row.title) > 0"}
+    conflict: merge
   comments:
     table: public.comments
     scope:
@@ -264,6 +268,7 @@ func (d *demo) run(ctx context.Context) error {
 			return nil
 		case base := <-ready:
 			group.Go(func() error { return demoWriter(ctx, d.database, d.rate) })
+			group.Go(func() error { return d.tabletReturns(ctx, base) })
 			return d.watch(ctx, base)
 		}
 	})
@@ -274,11 +279,11 @@ func (d *demo) run(ctx context.Context) error {
 
 // anasToken and bensToken sign tokens as the application's own login would.
 func (d *demo) anasToken() (string, error) {
-	return d.token(d.configPath, demoAna, nil, map[string]any{"teams": []any{demoDesign}})
+	return d.token(d.configPath, demoAna, []string{"user"}, map[string]any{"teams": []any{demoDesign}})
 }
 
 func (d *demo) bensToken() (string, error) {
-	return d.token(d.configPath, demoBen, nil, map[string]any{"teams": []any{demoDesign, demoKitchen}})
+	return d.token(d.configPath, demoBen, []string{"user"}, map[string]any{"teams": []any{demoDesign, demoKitchen}})
 }
 
 // printGuide prints what there is and commands to try. since is where Ana's client stands.
@@ -323,10 +328,15 @@ Ana's changes as they happen, over a WebSocket; either of:
   echo '{SUBSCRIBE}' | websocat -n -H "Authorization: Bearer $ANA" {WS}/sync/stream
   npx -y wscat -c {WS}/sync/stream -H "Authorization: Bearer $ANA" -w 3600 -x '{SUBSCRIBE}'
 
+Push an edit as Ana's phone would; repeated with the same change_id it is done once:
+
+  curl -s -H "Authorization: Bearer $ANA" -H 'Content-Type: application/json' '{BASE}/sync/push' -d '{"client_id":"anas-phone","changes":[{"change_id":"1","collection":"todos","operation":"insert","data":{"list_id":"{LIST}","title":"Pushed with curl"}}]}'
+
 Write as any application would, and see it arrive below:
 
   psql '{DSN}' -c "INSERT INTO todos (list_id, owner_id, title) VALUES ('{LIST}', '{OWNER}', 'Written in psql')"
 
-Ctrl-C ends the demo. What Ana's client receives, and how long after the commit:
+Ctrl-C ends the demo. Below, Ben's tablet goes offline and returns. The other lines are what Ana's client receives, and
+how long after the commit:
 
 `

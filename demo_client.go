@@ -40,9 +40,9 @@ type demoFrame struct {
 // watch is Ana's client: everything once, then every change, printed with its latency. It goes on where it was after a
 // lost connection, and from the start when told to.
 func (d *demo) watch(ctx context.Context, base string) error {
-	since, guided := "", false
+	since := ""
 	for {
-		err := d.watchOnce(ctx, base, &since, &guided)
+		err := d.watchOnce(ctx, base, &since)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -59,7 +59,7 @@ func (d *demo) watch(ctx context.Context, base string) error {
 }
 
 // watchOnce runs until the connection ends. since is where the client stands, empty for nowhere.
-func (d *demo) watchOnce(ctx context.Context, base string, since *string, guided *bool) error {
+func (d *demo) watchOnce(ctx context.Context, base string, since *string) error {
 	token, err := d.anasToken()
 	if err != nil {
 		return err
@@ -70,11 +70,13 @@ func (d *demo) watchOnce(ctx context.Context, base string, since *string, guided
 			return err
 		}
 	}
-	if !*guided {
+	select {
+	case <-d.guided:
+	default:
 		if err := d.printGuide(base, *since); err != nil {
 			return err
 		}
-		*guided = true
+		close(d.guided)
 	}
 	if count > 0 {
 		fmt.Fprintf(d.out, "Ana starts with %d documents.\n", count)

@@ -201,7 +201,7 @@ func processCPU(pid int) time.Duration {
 
 // token signs in a subject.
 func token(subject string) string {
-	t := jwt.NewWithClaims(jwt.SigningMethodHS256, jwt.MapClaims{"sub": subject, "exp": time.Now().Add(time.Hour).Unix()})
+	t := jwt.NewWithClaims(jwt.SigningMethodHS256, jwt.MapClaims{"sub": subject, "roles": []string{"editor"}, "exp": time.Now().Add(time.Hour).Unix()})
 	text, _ := t.SignedString([]byte(secret)) // HMAC can't fail
 	return text
 }

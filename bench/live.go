@@ -212,7 +212,7 @@ var tpsLine = regexp.MustCompile(`tps = ([0-9.]+)`)
 func (l *load) run(ctx context.Context, count int) (float64, error) {
 	each := strconv.Itoa(count / liveClients)
 	if l.pgbench == "" {
-		return l.ownClients(ctx, count/liveClients)
+		return l.ownClients(ctx, count/liveClients, updateOne)
 	}
 	out, err := exec.CommandContext(ctx, l.pgbench, "-n", "-c", strconv.Itoa(liveClients), "-j", "2", "-M", "prepared", "-t", each, "-f", l.script, l.d.dsn).CombinedOutput()
 	if err != nil {
@@ -225,7 +225,7 @@ func (l *load) run(ctx context.Context, count int) (float64, error) {
 	return strconv.ParseFloat(string(found[1]), 64)
 }
 
-func (l *load) ownClients(ctx context.Context, each int) (float64, error) {
+func (l *load) ownClients(ctx context.Context, each int, statement string) (float64, error) {
 	began := time.Now()
 	g, ctx := errgroup.WithContext(ctx)
 	for range liveClients {
@@ -235,7 +235,7 @@ func (l *load) ownClients(ctx context.Context, each int) (float64, error) {
 				return err
 			}
 			defer conn.Close(context.WithoutCancel(ctx))
-			sql := fmt.Sprintf(updateOne, "$1::int")
+			sql := fmt.Sprintf(statement, "$1::int")
 			for range each {
 				if _, err := conn.Exec(ctx, sql, 1+rand.IntN(l.rows)); err != nil {
 					return err

@@ -41,6 +41,7 @@ var paths = []path{
 	{"storm", "memory: many clients pull at once after a restart", runStorm, true},
 	{"fanout", "one change to many sockets, and what idle sockets hold", runFanOut, false},
 	{"one", "a change for one of few and of many sockets", runOne, false},
+	{"push", "clients that push, and wait for their versions", runPush, false},
 	{"huge", "memory: one transaction of twice as many rows", runHuge, false},
 	{"giant", "memory: a row of 50 MB on every way", runGiant, false},
 	{"slow", "memory: sockets that don't read for a while", runSlow, false},
