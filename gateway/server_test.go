@@ -113,14 +113,19 @@ func TestOperations(t *testing.T) {
 	}
 }
 
-// TestStoppedCollection: its live subscribers are told, and requests for it are refused as a passing state.
+// TestStoppedCollection: its live subscribers are told, and requests for it are refused as a passing state. Clients of the
+// others go on from where they are.
 func TestStoppedCollection(t *testing.T) {
 	t.Parallel()
 	e := newEnv(t, setup{})
 	a := tokenFor(t, "a", nil)
 	s := e.live(t, a, `,"collections":["todos"]`)
+	since := e.full(t, a, "collections", "notes").header.Get("X-Sync-LastSeq")
 	e.exec(t, `ALTER TABLE todos DROP COLUMN archived CASCADE`)
 	s.wantError(t, CollectionUnavailable)
+	if p := e.pull(t, a, since, "collections", "notes"); p.Resync || p.LastSeq[len(p.LastSeq)-8:] != since[len(since)-8:] {
+		t.Errorf("another collection goes on from %s with %+v", since, p)
+	}
 	e.get(t, "/sync/pull?since=0&collections=todos", a).problem(t, CollectionUnavailable)
 	e.get(t, "/sync/full?collections=todos", a).problem(t, CollectionUnavailable)
 	s = e.subscribe(t, a, "0", `,"collections":["todos"]`)

@@ -187,6 +187,11 @@ func TestScopeHash(t *testing.T) {
 		return c.ScopeHash
 	}
 	base := hash(`{"org":{"teams":[1,2]},"flags":[1,2]}`, "x")
+	part := compileAll(t, map[string]Spec{"b": set.ByName("b").Spec}, table(7, "other", col("id", tInt4), col("n", tInt4)))
+	part.NameAs(set)
+	if c, err := part.NewCaller("s", []string{"x"}, claims(t, `{"org":{"teams":[1,2]},"flags":[1,2]}`)); err != nil || c.ScopeHash != base {
+		t.Errorf("with a collection left out the hash is %s (%v), want %s: its stopping would make all clients resynchronise", c.ScopeHash, err, base)
+	}
 	if base != "b5d91816" {
 		t.Errorf("the hash is %s: clients hold cursors with the former one, and must all start anew", base)
 	}

@@ -83,6 +83,11 @@ func (s *Set) collectNames() {
 	s.roles = slices.Compact(s.roles)
 }
 
+// NameAs makes callers' ScopeHash what it is with another Set of the same configuration, some of whose collections this one
+// leaves out: else their stopping would make clients of all the others resynchronise, and their going on once more. Call it
+// before anybody uses the Set.
+func (s *Set) NameAs(whole *Set) { s.scoped, s.whole, s.roles = whole.scoped, whole.whole, whole.roles }
+
 // compiler compiles one collection and gathers its faults.
 type compiler struct {
 	path   string

@@ -44,6 +44,7 @@ type Watcher struct {
 	every        time.Duration
 	log          *slog.Logger
 
+	whole    *policies.Set // of all collections, as they compiled at the start
 	loading  sync.Mutex
 	current  atomic.Pointer[Definitions]
 	known    atomic.Uint64 // the catalog was read after this place of the WAL was written
@@ -67,6 +68,7 @@ func (w *Watcher) Start(ctx context.Context) ([]policies.Fault, error) {
 	if len(faults) > 0 {
 		return faults, nil
 	}
+	w.whole = set
 	w.current.Store(&Definitions{Catalog: cat, Set: set, Impaired: impaired(set, w.pool.Config().ConnConfig.User), shapes: shapes(cat)})
 	return nil, nil
 }
@@ -301,6 +303,7 @@ func (w *Watcher) compileWhat(cat *schema.Catalog, arrives func(*policies.Set) [
 			faults, remedy = arrives(set), "run walgate init"
 		}
 		if len(faults) == 0 {
+			set.NameAs(w.whole)
 			return set, stopped
 		}
 		var names []string
