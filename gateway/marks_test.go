@@ -92,7 +92,7 @@ func TestPushesAreMarkedForTheirClient(t *testing.T) {
 			if want := strings.TrimSuffix(marked[3], "}") + `,"local_id":"ä\"7"}`; !strings.Contains(page, want) || !strings.Contains(page, marked[2]) || strings.Count(page, `"version"`) != 2 {
 				t.Errorf("pulled %s\nwant %s and %s", page, marked[2], want)
 			}
-			if page := string(e.get(t, "/sync/pull?"+query("since", since, "client_id", `phone "1"`), b).body); strings.Contains(page, "client_id") || strings.Contains(page, "local_id") {
+			if page := string(e.get(t, "/sync/pull?"+query("since", "0", "collections", "news", "client_id", `phone "1"`), b).body); !strings.Contains(page, `"doc_id":"7"`) || strings.Contains(page, "client_id") || strings.Contains(page, "local_id") {
 				t.Errorf("another subject pulled %s", page)
 			}
 			for _, limit := range []string{"1", "2"} {
@@ -101,6 +101,18 @@ func TestPushesAreMarkedForTheirClient(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestEchoesWithoutStreams: a hub that serves nobody live doesn't pass over what a push waits for.
+func TestEchoesWithoutStreams(t *testing.T) {
+	t.Parallel()
+	e := newEnv(t, setup{gateway: func(g *Gateway) { g.hub.every = 20 * time.Millisecond }, bus: func(b changelog.Bus) changelog.Bus {
+		return &faultyBus{Bus: b, mode: "lost", count: map[string]int{}}
+	}})
+	first := e.push(t, "a", "phone", "", `INSERT INTO news VALUES (1)`)
+	if second := e.push(t, "a", "phone", "", ``); second.Tx <= first.Last {
+		t.Errorf("%+v comes after %+v", second, first)
 	}
 }
 
