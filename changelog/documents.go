@@ -31,7 +31,7 @@ const documentsSQL = `SELECT coalesce(l.version, 0), coalesce(l.op, ''), coalesc
 	CROSS JOIN (SELECT version, floor FROM walgate.checkpoint) p
 	CROSS JOIN LATERAL (SELECT greatest(p.floor, (SELECT floor FROM walgate.collections WHERE id = a.collection)) AS floor) k
 	LEFT JOIN LATERAL (
-		SELECT v.version, (array_agg(c.op::text ORDER BY ` + strongest + `))[1] AS op, array_agg(c.scope) AS scopes
+		SELECT v.version, (array_agg(c.op::text ORDER BY ` + strongest + `))[1] AS op, array_agg(c.scope ORDER BY c.scope) AS scopes
 		FROM (SELECT version FROM walgate.changes WHERE document = a.document AND collection = a.collection AND doc_id = a.doc_id AND version > k.floor AND version <= p.version
 			ORDER BY version DESC LIMIT 1) v
 		JOIN walgate.changes c ON c.document = a.document AND c.collection = a.collection AND c.doc_id = a.doc_id AND c.version = v.version GROUP BY v.version) l ON true
@@ -39,7 +39,7 @@ const documentsSQL = `SELECT coalesce(l.version, 0), coalesce(l.op, ''), coalesc
 		SELECT array_agg(DISTINCT c.changed) FILTER (WHERE c.changed IS NOT NULL) AS sets, bool_or(c.changed IS NULL) AS whole
 		FROM walgate.changes c WHERE c.document = a.document AND c.collection = a.collection AND c.doc_id = a.doc_id AND c.version > greatest(a.since, k.floor) AND c.version <= p.version) s ON true
 	LEFT JOIN LATERAL (
-		SELECT (array_agg(c.data::text))[1] AS data, array_agg(c.scope) AS scopes
+		SELECT (array_agg(c.data::text))[1] AS data, array_agg(c.scope ORDER BY c.scope) AS scopes
 		FROM (SELECT version FROM walgate.changes WHERE document = a.document AND collection = a.collection AND doc_id = a.doc_id AND op = 'u' AND version > k.floor AND version < l.version
 			ORDER BY version DESC LIMIT 1) v
 		JOIN walgate.changes c ON c.document = a.document AND c.collection = a.collection AND c.doc_id = a.doc_id AND c.version = v.version AND c.op = 'u' GROUP BY v.version) i ON l.op = 'd'
