@@ -334,6 +334,8 @@ type wireChange struct {
 	Data       json.RawMessage `json:"data"`
 	Reason     string          `json:"reason"`
 	Tx         string          `json:"tx"`
+	ClientID   string          `json:"client_id"`
+	LocalID    string          `json:"local_id"`
 }
 
 // brief is the change in one word, such as "upsert todos/1" or "delete todos/1 left".

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"strconv"
 	"strings"
@@ -47,7 +46,10 @@ func (g *Gateway) openSession(c *fiber.Ctx) error {
 		if value[0] != '"' || json.Unmarshal(value, &device) != nil {
 			return "must be a text that names the device"
 		}
-		return wrongDevice(device)
+		if device == "" {
+			return "must not be empty"
+		}
+		return clientFault(device)
 	})
 	if err != nil {
 		return err
@@ -166,18 +168,6 @@ func (s *syncSession) answer(c *fiber.Ctx) error {
 	c.Set(fiber.HeaderContentType, fiber.MIMEApplicationJSON)
 	c.Set(fiber.HeaderCacheControl, "no-store")
 	return c.SendString(`{"sync_uuid":"` + s.id + `","last_sync":` + last + `,"max_checkin":"` + s.checkin.String() + `"}`)
-}
-
-// wrongDevice says what is wrong with a device_uuid; empty: nothing.
-func wrongDevice(text string) string {
-	const most = 255
-	switch n := utf8.RuneCountInString(text); {
-	case n == 0 || n > most:
-		return fmt.Sprintf("has %d characters; it may have 1 to %d", n, most)
-	case strings.ContainsRune(text, 0):
-		return "holds the character NUL"
-	}
-	return ""
 }
 
 // readMember reads a body that is an object with this one member, which read takes; it returns what is wrong with it, or

@@ -145,7 +145,7 @@ func (r *sessionReader) window(ctx context.Context) ([]byte, int, *lease, error)
 		room.release()
 		return nil, 0, nil, err
 	}
-	list := lastStates(r.feed.judge(p.Entries, &p.Head, r.g.policyFailed))
+	list := lastStates(r.feed.judgePage(p, r.g.policyFailed))
 	return appendPage(r.feed, p, list, further), len(list), room, nil
 }
 
@@ -178,7 +178,7 @@ func (r *sessionReader) own(ctx context.Context) ([]byte, int, *lease, error) {
 		}
 		p.Partial = p.Partial && mine(p.Entries[len(p.Entries)-1].Tx)
 		p.Entries = slices.DeleteFunc(p.Entries, func(e changelog.Entry) bool { return !mine(e.Tx) })
-		list := lastStates(r.feed.judge(p.Entries, &p.Head, r.g.policyFailed))
+		list := lastStates(r.feed.judgePage(p, r.g.policyFailed))
 		if p.More && len(list) == 0 {
 			room.release()
 			from = p.Last

@@ -106,10 +106,28 @@ func (e *env) pullWindow(t testing.TB, token string, s *wireSession, since strin
 	}
 }
 
-// pushed writes rows as a push of this device does: marked, in one transaction.
-func (e *env) pushed(t testing.TB, subject, device, sql string) {
+// pushed writes rows as a push of this device does: marked, in one transaction. locals are of the rows that it names by ids
+// of its own.
+func (e *env) pushed(t testing.TB, subject, device, sql string, locals ...changelog.Local) {
 	t.Helper()
-	e.exec(t, fmt.Sprintf(`INSERT INTO walgate.pushes (subject, client_id) VALUES ('%s', '%s'); %s`, subject, device, sql))
+	sql = fmt.Sprintf(`INSERT INTO walgate.pushes (subject, client_id) VALUES ('%s', '%s'); %s;`, subject, device, sql)
+	if len(locals) > 0 {
+		text, err := json.Marshal(locals)
+		ok(t, err)
+		sql += fmt.Sprintf(`INSERT INTO walgate.pushes (subject, client_id, locals) VALUES ('%s', '%s', '%s')`, subject, device, text)
+	}
+	e.exec(t, sql)
+}
+
+// marks lists the changes of a page that are marked as the device's own, with what it calls the documents.
+func marks(changes []wireChange) string {
+	var out []string
+	for _, c := range changes {
+		if c.ClientID != "" || c.LocalID != "" {
+			out = append(out, c.DocID+"="+c.ClientID+"/"+c.LocalID)
+		}
+	}
+	return strings.Join(out, " ")
 }
 
 // synced opens, pulls and completes a session in which the device gets everything up to now by a full resync.
@@ -137,14 +155,14 @@ func TestSession(t *testing.T) {
 	if p := e.pullSession(t, a, s, ""); !p.Resync || p.Reason != reasonFirst || strings.Join(p.Collections, ",") != "news,notes,todos" {
 		t.Fatalf("the first pull: %+v", p)
 	}
-	e.pushed(t, "a", "phone", `INSERT INTO todos VALUES (2, 'a', NULL, 'pushed before the full')`)
+	e.pushed(t, "a", "phone", `INSERT INTO todos VALUES (2, 'a', NULL, 'pushed before the full')`, changelog.Local{Collection: "todos", DocID: "2", LocalID: "my-2"})
 	full := e.get(t, "/sync/full", a)
 	last := full.header.Get("X-Sync-LastSeq")
 	if last <= s.Checkin || !strings.Contains(string(full.body), "pushed before the full") {
 		t.Fatalf("max_checkin %s, full up to %s: %s", s.Checkin, last, full.body)
 	}
 	changes, last := e.pullWindow(t, a, s, last)
-	if got := briefs(changes); got != "upsert todos/2" || last != s.Checkin {
+	if got := briefs(changes); got != "upsert todos/2" || last != s.Checkin || marks(changes) != "2=phone/my-2" {
 		t.Fatalf("after the full: %q up to %s, want the device's own row up to %s", got, last, s.Checkin)
 	}
 	if done := e.complete(t, a, s, last); done.last() != s.Checkin || done.ID != s.ID || done.Checkin != s.Checkin {
@@ -159,18 +177,23 @@ func TestSession(t *testing.T) {
 		t.Fatalf("the second session begins at %s, want %s", s.last(), was)
 	}
 	e.exec(t, `INSERT INTO todos VALUES (4, 'a', NULL, 'after the opening')`)
-	e.pushed(t, "a", "phone", `INSERT INTO todos VALUES (5, 'a'), (6, 'b'); UPDATE todos SET title = 'mine' WHERE id = 4`)
+	e.pushed(t, "a", "phone", `INSERT INTO todos VALUES (5, 'a'), (6, 'b'); UPDATE todos SET title = 'mine' WHERE id = 4`, changelog.Local{Collection: "todos", DocID: "5", LocalID: "my-5"})
+	e.exec(t, `UPDATE todos SET title = 'theirs, then mine' WHERE id = 5`)
+	e.pushed(t, "a", "phone", `UPDATE todos SET title = 'mine again' WHERE id = 5`)
 	e.pushed(t, "a", "tablet", `INSERT INTO todos VALUES (7, 'a')`)
 	e.pushed(t, "b", "phone", `INSERT INTO todos VALUES (8, 'a')`)
 	e.exec(t, `UPDATE todos SET title = 'theirs' WHERE id = 4`)
 	e.pushed(t, "a", "phone", `DELETE FROM todos WHERE id = 1`)
 	for _, again := range []string{"", " again"} {
 		changes, last = e.pullWindow(t, a, s, "")
-		if got := briefs(changes); got != "upsert todos/2, upsert todos/1, upsert todos/5, upsert todos/4, delete todos/1" || last != s.Checkin {
+		if got := briefs(changes); got != "upsert todos/2, upsert todos/1, upsert todos/4, upsert todos/5, delete todos/1" || last != s.Checkin {
 			t.Fatalf("the second session%s: %q up to %s", again, got, last)
 		}
+		if got := marks(changes); got != "2=phone/my-2 4=phone/ 5=phone/my-5 1=phone/" {
+			t.Fatalf("marked are %s", got)
+		}
 	}
-	if title := string(changes[3].Data); !strings.Contains(title, "mine") {
+	if title := string(changes[2].Data); !strings.Contains(title, "mine") {
 		t.Errorf("of todos/4 came %s, want what the device wrote", title)
 	}
 	newest := changes[len(changes)-1].Version
@@ -183,10 +206,12 @@ func TestSession(t *testing.T) {
 		}
 	}
 
+	e.exec(t, `UPDATE todos SET title = 'theirs at last' WHERE id = 5`)
+	e.sync(t)
 	s = e.openSession(t, a, "phone")
 	changes, _ = e.pullWindow(t, a, s, "")
-	if got := briefs(changes); got != "upsert todos/5, upsert todos/7, upsert todos/8, upsert todos/4, delete todos/1" {
-		t.Errorf("the third session: %q", got)
+	if got := briefs(changes); got != "upsert todos/7, upsert todos/8, upsert todos/4, delete todos/1, upsert todos/5" || marks(changes) != "1=phone/ 5=/my-5" {
+		t.Errorf("the third session: %q, marked %q", got, marks(changes))
 	}
 }
 
