@@ -204,6 +204,8 @@ func gatewayOptions(cfg *Config, p *parts, bus changelog.Bus, auth *gateway.Auth
 		StreamConnections: cfg.Limits.StreamConnections, StreamsPerSubject: cfg.Limits.StreamConnectionsPerSubject,
 		FullConcurrency: min(cfg.Limits.FullConcurrency, max(1, (cfg.Database.PoolSize-4)/2)), // each holds a snapshot while it passes a fence
 		Drain:           cfg.Limits.Drain, ReadersConcurrency: max(1, cfg.Storage.PoolSize-2), SendMemory: int64(cfg.Limits.SendMemory),
+		PushBody: int(cfg.Limits.PushBody), PushRole: cfg.Push.Role, EchoTimeout: cfg.Push.EchoTimeout,
+		PushConcurrency: max(1, (cfg.Database.PoolSize-4)/2), // as full resyncs: four connections are left for fences whatever both hold
 	}
 }
 

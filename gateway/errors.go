@@ -28,6 +28,9 @@ const (
 	RequestTimeout        Code = "request_timeout"
 	AnswerTimeout         Code = "answer_timeout"
 	RequestTooLarge       Code = "request_too_large"
+	UnsupportedMediaType  Code = "unsupported_media_type"
+	TooManyChanges        Code = "too_many_changes"
+	ChangeIDReused        Code = "change_id_reused"
 	UpgradeRequired       Code = "upgrade_required"
 	ClientOutdated        Code = "client_outdated"
 	TooManyScopes         Code = "too_many_scopes"
@@ -78,6 +81,9 @@ var wireErrors = []WireError{
 	{MethodNotAllowed, 405, 0, false, "The address does not take this method", "Use a method that `Allow` lists."},
 	{RequestTimeout, 408, 0, true, "The request did not arrive in time", "Repeat the request."},
 	{RequestTooLarge, 413, 0, false, "The request or its headers are too large", "Send less at once."},
+	{UnsupportedMediaType, 415, 0, false, "The body is of another kind than the address takes", "Send JSON as `application/json`, without a content encoding."},
+	{TooManyChanges, 422, 0, false, "The push has too many changes", "Send the changes in several pushes, in their order."},
+	{ChangeIDReused, 409, 0, false, "A change_id came with another change before", "Give every change an id of its own; repeat a change exactly as it was sent."},
 	{UpgradeRequired, 426, 0, false, "The address speaks WebSocket only", "Connect with a WebSocket client."},
 	{ClientOutdated, 426, 4426, false, "The client is too old for this server", "Update the client."},
 	{TooManyScopes, 403, 4413, false, "The token selects more scopes than one caller may have", "Ask for a token with fewer values in its claims."},
@@ -130,6 +136,8 @@ func codeByStatus(status int) Code {
 		return RequestTimeout
 	case http.StatusRequestEntityTooLarge, http.StatusRequestHeaderFieldsTooLarge, http.StatusRequestURITooLong:
 		return RequestTooLarge
+	case http.StatusUnsupportedMediaType:
+		return UnsupportedMediaType
 	case http.StatusUpgradeRequired:
 		return UpgradeRequired
 	case http.StatusUnauthorized:

@@ -34,6 +34,10 @@ func TestErrorsAreDocumented(t *testing.T) {
 	if !ok || !ok2 {
 		t.Fatalf("%s has no place for the table", file)
 	}
+	tail, ok3 := replaceTable(tail, "<!-- outcomes -->\n", "<!-- end of outcomes -->", outcomeTable())
+	if !ok3 {
+		t.Fatalf("%s has no place for the table of outcomes", file)
+	}
 	want := head + begin + errorTable() + end + tail
 	if *update {
 		if err := os.WriteFile(file, []byte(want), 0o644); err != nil {
@@ -44,6 +48,25 @@ func TestErrorsAreDocumented(t *testing.T) {
 	if string(data) != want {
 		t.Errorf("%s is not what the table says; run: go test ./gateway -run TestErrorsAreDocumented -update", file)
 	}
+}
+
+func replaceTable(text, begin, end, table string) (string, bool) {
+	head, rest, ok := strings.Cut(text, begin)
+	_, tail, ok2 := strings.Cut(rest, end)
+	return head + begin + table + end + tail, ok && ok2
+}
+
+func outcomeTable() string {
+	var b strings.Builder
+	b.WriteString("| code | retryable | meaning | what the client does |\n|---|---|---|---|\n")
+	for _, o := range pushOutcomes {
+		retry := "no"
+		if o.retryable {
+			retry = "yes"
+		}
+		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", o.code, retry, o.meaning, o.remedy)
+	}
+	return b.String()
 }
 
 func errorTable() string {

@@ -82,12 +82,8 @@ const (
 // usable says whether every collection can be served from a log in this state.
 func (f *feed) usable(h *changelog.Head) error {
 	for _, c := range f.collections {
-		st := stateOf(h, c.Name)
-		switch {
-		case st == nil || st.Fingerprint != c.Fingerprint:
-			return NewProblem(CollectionUnavailable, "collection %s is not served by this instance yet: its policy differs from the change log's", c.Name)
-		case st.Stopped != "":
-			return NewProblem(CollectionUnavailable, "collection %s is stopped", c.Name)
+		if err := usable(c, h); err != nil {
+			return err
 		}
 	}
 	return nil

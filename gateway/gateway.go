@@ -45,6 +45,10 @@ type Options struct {
 	Drain              time.Duration // how long shutdown waits for clients
 	ReadersConcurrency int           // reads of the log at a time
 	SendMemory         int64         // bytes of documents that may wait to be sent to clients
+	PushBody           int           // bytes of one push
+	PushRole           string        // writes as this role of the source; empty: as Source's own
+	PushConcurrency    int           // pushes that use the source at a time
+	EchoTimeout        time.Duration // how long a push's answer waits for its versions
 }
 
 // SourceStatus is what an operator wants to know of replication.
@@ -80,6 +84,10 @@ type Gateway struct {
 	app      *fiber.App
 	fulls    *semaphore.Weighted
 	readers  *semaphore.Weighted
+	pushes   *semaphore.Weighted
+	bodies   *budget // of pushes that are being received
+	queued   atomic.Int64
+	plans    atomic.Pointer[pushPlans]
 	streams  sync.WaitGroup
 	open     atomic.Int64
 	subjects subjectCounts
@@ -115,6 +123,7 @@ func defaultLimits() limits {
 func New(o Options) *Gateway {
 	g := &Gateway{o: o, auth: o.Auth, limits: defaultLimits(),
 		fulls: semaphore.NewWeighted(int64(max(1, o.FullConcurrency))), readers: semaphore.NewWeighted(int64(max(1, o.ReadersConcurrency))),
+		pushes: semaphore.NewWeighted(int64(max(1, o.PushConcurrency))), bodies: newBudget(2 * bodiesMemory * int64(o.PushBody)),
 		limiter: newRateLimiter(o.RequestsPerSecond, o.Burst, maxRateSubjects, time.Now)}
 	g.serving, g.stop = context.WithCancel(context.Background())
 	g.working, g.cut = context.WithCancel(context.Background())

@@ -58,7 +58,8 @@ func testSpecs() map[string]policies.Spec {
 
 // setup is what a test wants otherwise than usual.
 type setup struct {
-	before  string // SQL before the gateway first starts
+	before  string                   // SQL before the gateway first starts
+	specs   map[string]policies.Spec // besides, or instead of, testSpecs
 	options func(*Options)
 	gateway func(*Gateway)
 	bus     func(changelog.Bus) changelog.Bus
@@ -105,7 +106,7 @@ func newEnv(t testing.TB, s setup) *env {
 	if s.source != nil {
 		reach = s.source(dsn)
 	}
-	source, err := schema.OpenPool(ctx, reach, 8)
+	source, err := schema.OpenPool(ctx, reach, 12)
 	ok(t, err)
 	e.db, err = pgxpool.New(ctx, dsn)
 	ok(t, err)
@@ -113,7 +114,9 @@ func newEnv(t testing.TB, s setup) *env {
 	e.log, err = changelog.Open(ctx, dsn, 8)
 	ok(t, err)
 	publications := schema.PublicationsFor("walgate")
-	watcher := replication.NewWatcher(source, publications, testSpecs(), true, time.Second, logger)
+	specs := testSpecs()
+	maps.Copy(specs, s.specs)
+	watcher := replication.NewWatcher(source, publications, specs, true, time.Second, logger)
 	faults, err := watcher.Start(ctx)
 	ok(t, err)
 	if len(faults) > 0 {
@@ -139,7 +142,8 @@ func newEnv(t testing.TB, s setup) *env {
 		},
 		Fence:     func(ctx context.Context) (changelog.LSN, error) { return replication.Fence(ctx, source) },
 		PublicURL: "http://sync.example", FrameLimit: 64 << 10, RequestsPerSecond: 100000, Burst: 100000, StreamConnections: 1000,
-		StreamsPerSubject: 100, FullConcurrency: 4, Drain: 10 * time.Second, ReadersConcurrency: 6, SendMemory: 64 << 20}
+		StreamsPerSubject: 100, FullConcurrency: 4, Drain: 10 * time.Second, ReadersConcurrency: 6, SendMemory: 64 << 20,
+		PushBody: 16 << 20, PushConcurrency: 4, EchoTimeout: patience}
 	if s.options != nil {
 		s.options(&o)
 	}

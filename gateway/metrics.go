@@ -23,6 +23,13 @@ type metrics struct {
 	streams     prometheus.Gauge
 	slow        prometheus.Counter
 	stuck       prometheus.Counter
+
+	pushing      prometheus.Gauge
+	pushed       *prometheus.CounterVec // by status of the answer
+	pushChanges  *prometheus.CounterVec // by status of the change
+	conflicts    *prometheus.CounterVec // by collection
+	pushSeconds  prometheus.Histogram
+	echoesMissed prometheus.Counter
 }
 
 func newMetrics(g *Gateway) *metrics {
@@ -45,6 +52,7 @@ func newMetrics(g *Gateway) *metrics {
 	m.resyncs = counter("walgate_resync_required_total", "Pulls and streams that were told to resynchronise in full.")
 	m.slow = counter("walgate_stream_catch_up_total", "Times a stream left the live path to read the log: at its start, or because its queue was full.")
 	m.stuck = counter("walgate_stream_stuck_total", "Streams closed because a write to the client timed out.")
+	m.registerPushes()
 	m.streams = prometheus.NewGauge(prometheus.GaugeOpts{Name: "sync_websocket_connections", Help: "Subscribed WebSockets."})
 	r.MustRegister(m.streams, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 

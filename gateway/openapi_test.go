@@ -62,6 +62,19 @@ func TestOpenAPIDocument(t *testing.T) {
 			t.Errorf("the code %s is not documented", wireErrors[i].Code)
 		}
 	}
+	var outcomes []string
+	for _, v := range doc.Components.Schemas["OutcomeCode"].Value.Enum {
+		outcomes = append(outcomes, v.(string))
+	}
+	if want := slices.Collect(func(yield func(string) bool) {
+		for _, o := range pushOutcomes {
+			if !yield(o.code) {
+				return
+			}
+		}
+	}); !slices.Equal(outcomes, want) {
+		t.Errorf("documented are the outcomes %v, the table has %v", outcomes, want)
+	}
 	if len(codes) != len(wireErrors) {
 		t.Errorf("%d codes are documented, the table has %d", len(codes), len(wireErrors))
 	}

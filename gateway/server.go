@@ -36,6 +36,7 @@ func (g *Gateway) routes() *fiber.App {
 	sync.Get("/pull", g.authenticated, g.pull)
 	sync.Get("/full", g.authenticated, g.full)
 	sync.Get("/stream", g.upgrade)
+	sync.Post("/push", g.authenticated, g.answerPush)
 	sync.Post("/sessions", g.authenticated, g.openSession)
 	sync.Post("/sessions/:sync_uuid/complete", g.authenticated, g.completeSession)
 	app.Server().KeepHijackedConns = true // streams close them; see accept

@@ -32,13 +32,18 @@ func BoundConnection(c *pgconn.Config) {
 // values would be written in another form than the feed's. Who opens the source checks for it.
 var ErrSettings = errors.New("the session has other settings than it asked for, as behind a pooler")
 
-// prepared checks that a session has the settings that the codec needs, and makes it durable.
+// prepared checks that a session has the settings that the codec needs, and makes it durable. The search path is set here
+// and not with the connection's parameters, so that SET search_path TO DEFAULT gives what the application's sessions have:
+// its triggers need that.
 func prepared(ctx context.Context, c *pgx.Conn) error {
 	if err := durable(ctx, c); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
+	if _, err := c.Exec(ctx, `SET search_path TO pg_catalog`); err != nil {
+		return err
+	}
 	var names, values []string
 	for _, s := range append(append([]Setting{}, SessionSettings...), SnapshotSettings...) {
 		if s.Name != "client_encoding" { // of a database in SQL_ASCII it is another
@@ -78,9 +83,13 @@ func OpenPool(ctx context.Context, url string, maxConns int) (*pgxpool.Pool, err
 	conn.Close(ctx)
 	cfg.MaxConns = int32(maxConns)
 	params := cfg.ConnConfig.RuntimeParams
+	path, chosen := params["search_path"]
 	params["application_name"] = "walgate"
 	for _, s := range append(append([]Setting{}, SessionSettings...), SnapshotSettings...) {
 		params[s.Name] = s.Value
+	}
+	if delete(params, "search_path"); chosen { // see prepared
+		params["search_path"] = path
 	}
 	params["jit"] = "off" // would compile each chunk of a large table anew
 	params["client_encoding"] = ClientEncoding(encoding)

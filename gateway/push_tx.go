@@ -1,0 +1,336 @@
+package gateway
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/policies"
+	"github.com/walgate/walgate/schema"
+)
+
+const (
+	pushAttempts   = 5 // at a transaction that loses against others
+	pushLockMost   = "10s"
+	pushSelectMost = "30s"
+)
+
+// pushTx is one attempt at a push: one transaction of the source.
+//
+// It first tries all changes at once. Where one of them fails, it is done again with care, change by change within
+// savepoints, so that it shows which one it was.
+type pushTx struct {
+	*push
+	conn      *pgx.Conn
+	careful   bool
+	blame     bool // with care, and constraints are checked after each change
+	now       string
+	id        int64
+	txid      int64
+	outcomes  map[string]storedOutcome // by change_id
+	locals    map[localID]string       // doc_ids
+	made      []changelog.Local        // keys that the source gave in this transaction
+	creators  map[localID]*pending
+	found     map[*pending]schema.Found
+	unchecked bool // constraints that wait for the end of the transaction haven't been checked since the last write
+	known     map[*pending]changelog.DocumentKnown
+	logHead   *changelog.Head // as of known
+}
+
+// localID is a client's own name of a row.
+type localID struct {
+	collection string
+	id         string
+}
+
+// Why a transaction is done anew.
+var (
+	errAgain   = errors.New("the transaction lost against another one")
+	errCareful = errors.New("some change fails: do them one by one")
+	errBlame   = errors.New("some constraint fails in the end: check after each change")
+)
+
+// run brings the push into the source. The echo, which is never nil without an error, belongs to what was committed.
+func (p *push) run(ctx context.Context) (*pushEcho, error) {
+	if p.settled() { // nothing is left that the source could be asked for
+		p.finish()
+		return &pushEcho{}, nil
+	}
+	conn, err := p.g.o.Source.Acquire(ctx)
+	if err != nil {
+		return nil, (&Problem{Code: SourceUnavailable}).Because(err)
+	}
+	defer conn.Release()
+	careful, blame := false, false
+	for attempt := 1; ; attempt++ {
+		x := &pushTx{push: p, conn: conn.Conn(), careful: careful, blame: blame, found: map[*pending]schema.Found{}}
+		echo, err := x.attempt(ctx)
+		if err == nil {
+			return echo, nil
+		}
+		endTransaction(ctx, conn)
+		switch {
+		case errors.Is(err, errCareful) && !careful:
+			careful, blame = true, !p.r.atomic
+		case errors.Is(err, errBlame) && !blame:
+			careful, blame = true, true
+		case errors.Is(err, errAgain) && attempt < pushAttempts:
+		case errors.Is(err, errAgain):
+			return nil, (&Problem{Code: SourceUnavailable, Detail: "the rows are contended; nothing was written", RetryAfter: pushRetryAfter()}).Because(err)
+		default:
+			return nil, p.failed(ctx, err)
+		}
+		if conn.Conn().IsClosed() {
+			return nil, (&Problem{Code: SourceUnavailable, Detail: "nothing was written"}).Because(err)
+		}
+	}
+}
+
+// settled says whether no change is left to look at in the source.
+func (p *push) settled() bool {
+	for i := range p.changes {
+		if p.changes[i].fault == nil || p.changes[i].changeID != "" && p.changes[i].hash != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// failed turns the failure of a transaction, of which nothing was committed, into what the client may know.
+func (p *push) failed(ctx context.Context, err error) error {
+	var problem *Problem
+	switch f := schema.Classify(err); {
+	case errors.As(err, &problem):
+		return problem
+	case f.Busy:
+		return (&Problem{Code: SourceUnavailable, Detail: "the database is busy; nothing was written", RetryAfter: pushRetryAfter()}).Because(err)
+	case ctx.Err() != nil:
+		return (&Problem{Code: AnswerTimeout, Detail: "nothing was written"}).Because(err)
+	}
+	return (&Problem{Code: SourceUnavailable, Detail: "nothing was written"}).Because(err)
+}
+
+// endTransaction rolls back what is open; a connection that can't is closed, and the pool makes another.
+func endTransaction(ctx context.Context, conn *pgxpool.Conn) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	if conn.Conn().IsClosed() || conn.Conn().PgConn().TxStatus() == 'I' {
+		return
+	}
+	if _, err := conn.Exec(ctx, `ROLLBACK`); err != nil {
+		conn.Conn().Close(ctx)
+	}
+}
+
+// attempt does all of it once.
+func (x *pushTx) attempt(ctx context.Context) (*pushEcho, error) {
+	for i := range x.changes {
+		x.changes[i].reset()
+	}
+	if err := x.open(ctx); err != nil {
+		return nil, err
+	}
+	if err := x.recall(ctx); err != nil {
+		return nil, err
+	}
+	if !(x.r.atomic && x.anyRejected()) {
+		if err := x.apply(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return x.close(ctx)
+}
+
+// reset forgets an attempt.
+func (c *pending) reset() {
+	c.result, c.resolved, c.values, c.believed = pushResult{docID: c.docID}, false, nil, nil
+	if c.localID != "" {
+		c.key = nil
+	}
+	if c.fault != nil {
+		c.fail(c.fault.code, c.fault.detail)
+	}
+}
+
+// fail rejects the change for good.
+func (c *pending) fail(code, detail string) {
+	c.result = pushResult{docID: cmp.Or(c.result.docID, c.docID), status: policies.Rejected, code: code, detail: detail}
+}
+
+func (x *pushTx) anyRejected() bool {
+	for i := range x.changes {
+		if x.changes[i].result.status == policies.Rejected {
+			return true
+		}
+	}
+	return false
+}
+
+// open begins the transaction, in one round trip: time limits, the client's turn, what is known of its changes, the mark.
+func (x *pushTx) open(ctx context.Context) error {
+	b := &pgx.Batch{}
+	b.Queue(`BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE`)
+	b.Queue(`SELECT set_config('lock_timeout', $1, true), set_config('statement_timeout', $2, true), pg_advisory_xact_lock($3)::text`,
+		pushLockMost, pushSelectMost, x.turn())
+	x.queueOutcomes(b)
+	x.queueLocals(b)
+	b.Queue(`INSERT INTO walgate.pushes (subject, client_id) VALUES ($1, $2) RETURNING id, pg_current_xact_id()::text::int8, now()::text`, x.caller.Subject, x.r.client).
+		QueryRow(func(r pgx.Row) error { return r.Scan(&x.id, &x.txid, &x.now) })
+	if err := x.conn.SendBatch(ctx, b).Close(); err != nil {
+		return x.transient(fmt.Errorf("begin a push: %w", err))
+	}
+	return nil
+}
+
+// turn is the advisory lock of this client: two of its pushes at a time could both believe that they come first.
+func (x *pushTx) turn() int64 {
+	h := fnv.New64a()
+	fmt.Fprintf(h, "walgate push %d:%s%s", len(x.caller.Subject), x.caller.Subject, x.r.client)
+	return int64(h.Sum64())
+}
+
+// transient makes errAgain of failures that another attempt may escape.
+func (x *pushTx) transient(err error) error {
+	if err != nil && schema.Classify(err).Again {
+		return fmt.Errorf("%w: %w", errAgain, err)
+	}
+	return err
+}
+
+// asUser are the statements between which the application's own rules hold: the role, its search path, who the end user is.
+func (x *pushTx) asUser() (before, after []pushStatement) {
+	before = []pushStatement{{`SELECT pg_catalog.set_config('request.jwt.claims', $1, true), pg_catalog.set_config('row_security', 'on', true), pg_catalog.set_config('role', $2, true)`,
+		[]any{string(x.caller.ClaimsJSON()), cmp.Or(x.g.o.PushRole, "none")}}, {`SET LOCAL search_path TO DEFAULT`, nil}, {`SET CONSTRAINTS ALL DEFERRED`, nil}}
+	after = []pushStatement{{`SELECT pg_catalog.set_config('role', 'none', true), pg_catalog.set_config('row_security', 'off', true), pg_catalog.set_config('search_path', 'pg_catalog', true)`, nil}}
+	return before, after
+}
+
+// checkConstraints runs as the application's user: deferred triggers run with it.
+var checkConstraints = pushStatement{`SET CONSTRAINTS ALL IMMEDIATE`, nil}
+
+// pushStatement is one statement with its arguments.
+type pushStatement struct {
+	sql  string
+	args []any
+}
+
+// framed sends a batch between others, in the same round trip.
+type framed struct {
+	conn          *pgx.Conn
+	before, after []pushStatement
+}
+
+// SendBatch returns the results of the batch and, to who closes them, of what follows it.
+func (f framed) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
+	all := &pgx.Batch{}
+	for _, s := range f.before {
+		all.Queue(s.sql, s.args...)
+	}
+	all.QueuedQueries = append(all.QueuedQueries, b.QueuedQueries...)
+	for _, s := range f.after {
+		all.Queue(s.sql, s.args...)
+	}
+	results := f.conn.SendBatch(ctx, all)
+	for range f.before {
+		if _, err := results.Exec(); err != nil {
+			break // the results that follow say the same
+		}
+	}
+	return results
+}
+
+// do sends statements of which only the success matters.
+func (x *pushTx) do(ctx context.Context, statements ...pushStatement) error {
+	b := &pgx.Batch{}
+	for _, s := range statements {
+		b.Queue(s.sql, s.args...)
+	}
+	return x.conn.SendBatch(ctx, b).Close()
+}
+
+// close commits, unless nothing came of the push but rejections.
+func (x *pushTx) close(ctx context.Context) (*pushEcho, error) {
+	if x.r.atomic && x.anyRejected() {
+		for i := range x.changes {
+			if c := &x.changes[i]; c.result.status != policies.Rejected && !c.result.duplicate {
+				c.fail(codeBatchRejected, "another change of the batch was rejected, so nothing of it was written")
+			}
+		}
+	}
+	if err := x.versions(ctx); err != nil {
+		return nil, err
+	}
+	commits := false
+	for i := range x.changes {
+		r := &x.changes[i].result
+		commits = commits || r.status != policies.Rejected && !r.duplicate
+	}
+	if !commits {
+		if _, err := x.conn.Exec(ctx, `ROLLBACK`); err != nil {
+			return nil, err
+		}
+		x.finish()
+		return x.echoOfDuplicates(nil), nil
+	}
+	if x.unchecked {
+		before, after := x.asUser()
+		err := x.do(ctx, append(append(before[:2:2], checkConstraints), after...)...)
+		var pg *pgconn.PgError
+		switch f := schema.Classify(err); {
+		case err == nil:
+		case errors.As(err, &pg) && !f.Again && !f.Busy && !x.blame:
+			return nil, fmt.Errorf("%w: %w", errBlame, err)
+		default:
+			return nil, x.transient(err)
+		}
+	}
+	done, forget := x.g.hub.awaitPush(x.id)
+	echo := x.echoOfDuplicates(&awaitedPush{id: x.id, done: done, forget: forget})
+	if err := x.commit(ctx); err != nil {
+		echo.end()
+		return nil, err
+	}
+	x.push.id, x.push.txid = x.id, x.txid
+	x.finish()
+	return echo, nil
+}
+
+// commit writes down what has to be remembered and commits, in one round trip.
+func (x *pushTx) commit(ctx context.Context) error {
+	b := &pgx.Batch{}
+	if err := x.remember(b); err != nil {
+		return err
+	}
+	b.Queue(`COMMIT`)
+	results := x.conn.SendBatch(ctx, b)
+	var tag pgconn.CommandTag
+	var err error
+	for range b.QueuedQueries {
+		if tag, err = results.Exec(); err != nil {
+			break
+		}
+	}
+	if e := results.Close(); err == nil {
+		err = e
+	}
+	var pg *pgconn.PgError
+	switch {
+	case errors.As(err, &pg):
+		return x.transient(fmt.Errorf("commit a push: %w", err)) // the server says that nothing was committed
+	case err != nil:
+		return (&Problem{Code: SourceUnavailable, RetryAfter: pushRetryAfter(),
+			Detail: "the database did not say whether the push was committed: repeat it with the same change_ids, and what was done is not done again"}).Because(err)
+	case !strings.HasPrefix(tag.String(), "COMMIT"):
+		return fmt.Errorf("commit a push: the server answered %s", tag)
+	}
+	return nil
+}
