@@ -63,7 +63,8 @@ func (x *pushTx) applyAlone(ctx context.Context, c *pending) error {
 	}
 	one := []*pending{c}
 	err := x.lock(ctx, one)
-	if err == nil {
+	locked := err == nil
+	if locked {
 		err = x.applyRun(ctx, one, false)
 	}
 	if err != nil {
@@ -81,9 +82,22 @@ func (x *pushTx) applyAlone(ctx context.Context, c *pending) error {
 	}
 	if c.result.status == policies.Rejected {
 		_, err = x.conn.Exec(ctx, `ROLLBACK TO SAVEPOINT walgate_change`)
+		if err == nil && !locked && c.result.code == schema.CodeInvalidValue {
+			err = x.checkKey(ctx, c)
+		}
 		return err
 	}
 	_, err = x.conn.Exec(ctx, `RELEASE SAVEPOINT walgate_change`)
+	return err
+}
+
+// checkKey finds out whether it is the key that can't be converted.
+func (x *pushTx) checkKey(ctx context.Context, c *pending) error {
+	faults, err := schema.CheckAsks(ctx, x.conn, c.plan.t, []schema.Ask{{Key: c.key}})
+	if err == nil && faults[0] != nil {
+		f := schema.Classify(faults[0])
+		c.fail(f.Code, f.Message)
+	}
 	return err
 }
 
