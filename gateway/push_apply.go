@@ -64,6 +64,7 @@ func (x *pushTx) applyAlone(ctx context.Context, c *pending) error {
 	one := []*pending{c}
 	err := x.lock(ctx, one)
 	locked := err == nil
+	x.fenced, x.wrote = false, false
 	if locked {
 		err = x.applyRun(ctx, one, false)
 	}
@@ -80,7 +81,7 @@ func (x *pushTx) applyAlone(ctx context.Context, c *pending) error {
 		}
 		c.fail(f.Code, x.explain(c, f))
 	}
-	if c.result.status == policies.Rejected {
+	if c.result.status == policies.Rejected && (err != nil || x.wrote) { // else the row stays locked, for its version
 		_, err = x.conn.Exec(ctx, `ROLLBACK TO SAVEPOINT walgate_change`)
 		if err == nil && !locked && c.result.code == schema.CodeInvalidValue {
 			err = x.checkKey(ctx, c)
@@ -315,6 +316,7 @@ func (x *pushTx) applyRun(ctx context.Context, run []*pending, last bool) error 
 
 // write carries the writes out as the application's user.
 func (x *pushTx) write(ctx context.Context, writes []schema.Write, last bool) ([]schema.Row, error) {
+	x.wrote = true
 	before, after := x.asUser()
 	if x.blame || last && !x.careful {
 		after = append([]pushStatement{checkConstraints}, after...)

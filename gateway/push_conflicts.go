@@ -104,7 +104,7 @@ func (x *pushTx) consult(ctx context.Context, run []*pending) error {
 	if len(asks) == 0 {
 		return nil
 	}
-	if err := x.g.passFence(ctx); err != nil {
+	if err := x.passFence(ctx); err != nil {
 		return err
 	}
 	known, head, err := x.documents(ctx, asks)
@@ -119,6 +119,16 @@ func (x *pushTx) consult(ctx context.Context, run []*pending) error {
 	}
 	x.logHead = head
 	return nil
+}
+
+// passFence waits until the log holds everything that the locked rows show.
+func (x *pushTx) passFence(ctx context.Context) error {
+	if x.fenced {
+		return nil
+	}
+	err := x.g.passFence(ctx)
+	x.fenced = err == nil
+	return err
 }
 
 // documents reads what the log knows of documents.
@@ -237,11 +247,10 @@ func (x *pushTx) callResolver(ctx context.Context, c *pending, s policies.Situat
 		return policies.Decision{}, fmt.Errorf("%w: %w", errCareful, err)
 	}
 	x.g.o.Logger.Warn("the function that resolves conflicts failed; the change is rejected: mend the function", "collection", c.collection, "function", c.plan.c.Spec.ConflictFunction, "sqlstate", pg.Code)
-	// The transaction goes on from before the call; the row stays locked by what follows.
-	if _, err := x.conn.Exec(ctx, `ROLLBACK TO SAVEPOINT walgate_change`); err != nil {
-		return policies.Decision{}, err
+	if _, err = x.conn.Exec(ctx, `ROLLBACK TO SAVEPOINT walgate_change`); err == nil { // which takes the lock away
+		err = x.lock(ctx, []*pending{c})
 	}
-	return c.plan.c.ResolverFailed(s), nil
+	return c.plan.c.ResolverFailed(s), err
 }
 
 // prepareWrite makes the write of a decision.
@@ -311,7 +320,7 @@ func (x *pushTx) image(c *pending, values []pushColumn) []pushColumn {
 
 // versions finds the versions of documents that are shown as they were found, while their rows are locked: a version read
 // later could be newer than the document.
-func (x *pushTx) versions(ctx context.Context) error {
+func (x *pushTx) versions(ctx context.Context) {
 	var asks []changelog.DocumentAsk
 	var of []*pending
 	for i := range x.changes {
@@ -321,16 +330,20 @@ func (x *pushTx) versions(ctx context.Context) error {
 		}
 	}
 	if len(asks) == 0 {
-		return nil
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, x.g.o.EchoTimeout)
+	defer cancel()
+	if x.passFence(ctx) != nil {
+		return // the log is late: who wants the versions has to pull
 	}
 	known, head, err := x.documents(ctx, asks)
 	if err != nil {
-		return err
+		return
 	}
 	for i, c := range of {
 		if known[i].Latest != 0 {
 			c.result.version = known[i].Latest.Text(head.History)
 		}
 	}
-	return nil
 }
