@@ -133,7 +133,7 @@ func (d *demo) tell(format string, args ...any) { fmt.Fprintf(d.out, format+"\n"
 
 // demoOutcome is a result for the terminal.
 func demoOutcome(said, status, policy string, columns []string, code, problem string) string {
-	line := fmt.Sprintf("%-34s %s", said, status)
+	line := fmt.Sprintf("%-37s %s", said, status)
 	if len(columns) > 0 {
 		line += fmt.Sprintf(" by %s: %s stays as the colleague left it", policy, strings.Join(columns, ", "))
 	}

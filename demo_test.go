@@ -268,6 +268,30 @@ func TestDemoShowsChangesAndCleansUp(t *testing.T) {
 	}
 }
 
+// TestDemoTabletReturns: the demo with its own gateway, as a newcomer runs it.
+func TestDemoTabletReturns(t *testing.T) {
+	t.Parallel()
+	out := newTerminal("finds its own edits")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- runDemo(ctx, demoOptions{out: out, serve: demoServing, token: demoSigning}) }()
+	select {
+	case <-out.reached:
+		cancel()
+	case err := <-done:
+		t.Fatalf("the demo ended before the tablet had returned: %v\n%s", err, out)
+	}
+	if err := <-done; err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{"off          accepted", "conflict_resolved by merge: title stays", `hundred"        accepted`, "its own edits 2 times", "Choose thick paper (done)"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("the terminal lacks %q:\n%s", want, out)
+		}
+	}
+}
+
 func TestDemoDirectoryIsKeptAndUsedAgain(t *testing.T) {
 	t.Parallel()
 	base, err := os.MkdirTemp("", "walgate-demo-test-")
