@@ -79,7 +79,11 @@ func (x *pushTx) applyAlone(ctx context.Context, c *pending) error {
 		if f.Code == schema.CodeInternal {
 			x.g.o.Logger.Warn("a pushed change could not be written; its client tries again", "collection", c.collection, "sqlstate", sqlState(err))
 		}
-		c.fail(f.Code, x.explain(c, f))
+		if f.Code == schema.CodeInvalidValue && x.asked == c {
+			c.fail(policies.CodeResolverFailed, rejections[policies.CodeResolverFailed])
+		} else {
+			c.fail(f.Code, x.explain(c, f))
+		}
 	}
 	if c.result.status == policies.Rejected && (err != nil || x.wrote) { // else the row stays locked, for its version
 		_, err = x.conn.Exec(ctx, `ROLLBACK TO SAVEPOINT walgate_change`)
@@ -168,6 +172,9 @@ func (x *pushTx) lockRows(ctx context.Context, changes []*pending) error {
 			}
 		}
 		found, err := schema.LockRows(ctx, x.conn, plan.t, asks)
+		if err == nil {
+			err = x.lockMissed(ctx, changes[:n], asks, found)
+		}
 		if err != nil {
 			return x.suspect(err)
 		}
@@ -177,6 +184,26 @@ func (x *pushTx) lockRows(ctx context.Context, changes []*pending) error {
 		changes = changes[n:]
 	}
 	return nil
+}
+
+// lockMissed looks once more for rows that aren't there: one that another transaction deleted and inserted anew, while
+// its lock was waited for, shows in a new snapshot only. An insert onto such a row notices by itself.
+func (x *pushTx) lockMissed(ctx context.Context, changes []*pending, asks []schema.Ask, found []schema.Found) error {
+	var at []int
+	var missed []schema.Ask
+	for i, c := range changes {
+		if found[i].Row == nil && (c.operation == "update" || c.operation == "delete") {
+			at, missed = append(at, i), append(missed, asks[i])
+		}
+	}
+	if len(missed) == 0 {
+		return nil
+	}
+	again, err := schema.LockRows(ctx, x.conn, changes[0].plan.t, missed)
+	for i := range again {
+		found[at[i]] = again[i]
+	}
+	return err
 }
 
 // suspect decides what becomes of the transaction after an error of a statement on rows.

@@ -24,6 +24,7 @@ func (g *Gateway) readPushBody(ctx context.Context, c *fiber.Ctx) ([]byte, *leas
 	most := g.o.PushBody
 	size := request.Header.ContentLength()
 	if size > most {
+		discard(request.BodyStream())
 		return nil, nil, endingWith(c, tooLarge(most))
 	}
 	if size < 0 { // chunked
@@ -42,6 +43,7 @@ func (g *Gateway) readPushBody(ctx context.Context, c *fiber.Ctx) ([]byte, *leas
 	var timeout net.Error
 	switch {
 	case errors.Is(err, errBodyTooLarge):
+		discard(request.BodyStream())
 		err = tooLarge(most)
 	case errors.As(err, &timeout) && timeout.Timeout():
 		err = (&Problem{Code: RequestTimeout}).Because(err)
@@ -49,6 +51,17 @@ func (g *Gateway) readPushBody(ctx context.Context, c *fiber.Ctx) ([]byte, *leas
 		err = (&Problem{Code: InvalidRequest, Detail: "the body ended too early"}).Because(err)
 	}
 	return nil, nil, endingWith(c, err)
+}
+
+// discardMost is how much of a body that is too large is read nevertheless.
+const discardMost = 64 << 20
+
+// discard reads what a client is still sending: a connection that is closed before is reset, and its client may never see
+// the answer.
+func discard(r io.Reader) {
+	if r != nil {
+		_, _ = io.CopyN(io.Discard, r, discardMost) // the answer says what is wrong
+	}
 }
 
 func tooLarge(most int) *Problem {

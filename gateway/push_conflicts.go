@@ -28,6 +28,7 @@ func (x *pushTx) judge(ctx context.Context, run []*pending) (works []pushWork, w
 		}
 		d := c.plan.c.Decide(s)
 		if d.Action == policies.DoResolve {
+			x.asked = c
 			if d, err = x.callResolver(ctx, c, s); err != nil {
 				return nil, nil, err
 			}
@@ -161,7 +162,7 @@ func (x *pushTx) situation(c *pending) (policies.Situation, error) {
 	defer c.plan.release(b)
 	s.State = x.stateOf(b, found.Row)
 	switch {
-	case s.State != policies.RowLive:
+	case s.State != policies.RowLive || s.Op == policies.PushInsert: // an insert onto a row fails whatever has changed
 	case c.hasBase:
 		s.Changed = found.BaseDiffers
 	case c.hasParent && c.since:

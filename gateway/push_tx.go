@@ -46,6 +46,7 @@ type pushTx struct {
 	fenced    bool // the log has passed what the locked rows show
 	known     map[*pending]changelog.DocumentKnown
 	logHead   *changelog.Head // as of known
+	asked     *pending        // the last change whose conflict a function was asked about
 }
 
 // localID is a client's own name of a row.
