@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 
 	"github.com/walgate/walgate/changelog"
 	"github.com/walgate/walgate/policies"
@@ -279,6 +280,9 @@ func (s *sequencer) addEntries(t *target, id []byte, old, now schema.Row, change
 	version := s.clock.Next(s.millis) // after all that may fail: a version without a change is none
 	if s.tx == 0 {
 		s.tx = version
+	}
+	if !slices.ContainsFunc(s.effects, func(f policies.Effect) bool { return !f.Entered }) {
+		changed = nil // nobody saw the row before: what changed meanwhile isn't logged
 	}
 	e := changelog.Entry{Version: version, Tx: s.tx, Collection: t.id, DocID: s.hold(id), Changed: changed}
 	var entered, stayed []byte // guards: who never saw the row must not learn that it left
