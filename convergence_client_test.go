@@ -54,6 +54,7 @@ type syncChange struct {
 	Data       json.RawMessage `json:"data"`
 	Deleted    bool            `json:"deleted"`
 	Tx         string          `json:"tx"`
+	ClientID   string          `json:"client_id"`
 	End        bool            `json:"end"`
 	Count      int             `json:"count"`
 	LastSeq    string          `json:"last_seq"`
@@ -76,6 +77,7 @@ type syncClient struct {
 	claims  map[string]any
 	base    string
 	token   string
+	device  string                         // client_id; empty: it names none
 	names   []string                       // the collections that it asks for
 	whole   func(c *syncClient, r replica) // what must hold of every stored state; nil: nothing
 	pace    time.Duration                  // pause between two steps
@@ -194,6 +196,11 @@ func (c *syncClient) apply(r replica, ch *syncChange, since string) string {
 	if version := versionOf(ch.Version); version <= versionOf(since) {
 		c.broken("%s %s has version %s, after %s was seen", ch.Collection, ch.DocID, ch.Version, since)
 	}
+	if ch.ClientID != "" && ch.ClientID != c.device {
+		c.broken("%s %s is said to come from %q", ch.Collection, ch.DocID, ch.ClientID)
+	} else if ch.ClientID != "" {
+		c.counts["own change"]++
+	}
 	switch ch.Operation {
 	case "upsert":
 		if !c.caller.maySee(ch.Collection, ch.Data) {
@@ -283,6 +290,9 @@ func (c *syncClient) pull(ctx context.Context, r replica, collections []string, 
 		q := url.Values{"since": {r.cursor}, "collections": {strings.Join(collections, ",")}, "limit": {fmt.Sprint(limit)}, "wait": {fmt.Sprint(wait)}}
 		if until != "" {
 			q.Set("until", until)
+		}
+		if c.device != "" {
+			q.Set("client_id", c.device)
 		}
 		page, err := c.page(ctx, q)
 		if err != nil {

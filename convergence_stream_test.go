@@ -27,9 +27,11 @@ func (c *syncClient) follow(ctx context.Context) error {
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() }) // ends the read
 	defer stop()
-	subscribe, _ := json.Marshal(map[string]any{ // texts and a boolean
-		"type": "subscribe", "since": c.replica.cursor, "collections": c.names, "batch": c.rng.IntN(2) == 0,
-	})
+	frame := map[string]any{"type": "subscribe", "since": c.replica.cursor, "collections": c.names, "batch": c.rng.IntN(2) == 0}
+	if c.device != "" {
+		frame["client_id"] = c.device
+	}
+	subscribe, _ := json.Marshal(frame) // texts and a boolean
 	if err := conn.WriteMessage(websocket.TextMessage, subscribe); err != nil {
 		return errAway
 	}

@@ -141,7 +141,7 @@ func (v *convergence) report(began time.Time) {
 	}
 	v.t.Logf("%s", summary)
 	if v.t.Failed() {
-		v.t.Logf("replay with go test -run 'TestConvergence/seed=%d' .", v.seed)
+		v.t.Logf("replay with go test -run '^%s$' .", strings.ReplaceAll(v.t.Name(), "/", "$/^"))
 	}
 }
 

@@ -195,7 +195,7 @@ func (p *gatewayProcess) release() {
 		const most = 8000
 		var telling []byte
 		for line := range bytes.Lines(text) {
-			if !bytes.Contains(line, []byte(`msg="request failed"`)) && !bytes.Contains(line, []byte(`msg="a row is visible to nobody`)) {
+			if bytes.Contains(line, []byte("panic")) || !bytes.Contains(line, []byte(`msg="request failed"`)) && !bytes.Contains(line, []byte(`msg="a row is visible to nobody`)) {
 				telling = append(telling, line...)
 			}
 		}
