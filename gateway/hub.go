@@ -37,18 +37,18 @@ type hub struct {
 	scopes  map[[16]byte][]*subscriber
 	subs    map[*subscriber]struct{}
 	waiters map[chan struct{}]changelog.LSN
-	echoes  map[int64]chan changelog.Pushed // who waits for a push, by its id
-	started chan struct{}                   // closed once head is set
-	touched []*subscriber                   // of the transaction being delivered; kept for its memory
-	partial []*subscriber                   // got an earlier part of it
-	joined  bool                            // somebody did since the subscribers were last held against the collections' state
+	echoes  map[int64]chan echo // who waits for a push, by its id
+	started chan struct{}       // closed once head is set
+	touched []*subscriber       // of the transaction being delivered; kept for its memory
+	partial []*subscriber       // got an earlier part of it
+	joined  bool                // somebody did since the subscribers were last held against the collections' state
 	// checkpoints are the frames of the transaction that ends, by scope hash.
 	checkpoints map[string][]byte
 }
 
 func newHub(log *changelog.Log, bus changelog.Bus, logger *slog.Logger, memory *budget, failed func(string, error)) *hub {
 	return &hub{memory: memory, log: log, bus: bus, logger: logger, failed: failed, every: positionCheck, checkpoints: map[string][]byte{}, scopes: map[[16]byte][]*subscriber{}, subs: map[*subscriber]struct{}{},
-		waiters: map[chan struct{}]changelog.LSN{}, echoes: map[int64]chan changelog.Pushed{}, started: make(chan struct{})}
+		waiters: map[chan struct{}]changelog.LSN{}, echoes: map[int64]chan echo{}, started: make(chan struct{})}
 }
 
 // run follows the log until ctx ends.
@@ -81,7 +81,11 @@ func (h *hub) apply(b *changelog.Batch) bool {
 	if h.head == nil || b.History != h.head.History {
 		return false
 	}
-	h.echoLocked(b.Pushes)
+	told := b.Last
+	if b.Omitted {
+		told = 0
+	}
+	h.echoLocked(b.Pushes, b.Entries, b.Prev+1, told)
 	if b.Last < h.head.Version || b.Last == h.head.Version && len(b.Entries) == 0 && len(b.Raises) == 0 && !b.Omitted {
 		h.passLocked(b.LSN) // a fence, an idle position, or a message that came twice
 		return true
@@ -164,7 +168,7 @@ func (h *hub) step(ctx context.Context) (more bool, err error) {
 	stand := p.Head // its collections and floors hold from here on; the position follows with the entries
 	stand.Version, stand.LSN = old.Version, old.LSN
 	h.adoptLocked(&stand)
-	h.echoLocked(p.Pushes)
+	h.echoLocked(p.Pushes, p.Entries, old.Version+1, p.Last)
 	h.deliverLocked(p.Entries, p.Pushes, !p.Partial)
 	h.head.Version, h.target = p.Last, now.Version
 	if !p.Partial {

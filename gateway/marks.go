@@ -1,7 +1,9 @@
 package gateway
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -102,10 +104,16 @@ func (f *feed) judgePage(p *changelog.Page, failed func(string, error)) []change
 	return changes
 }
 
+// echo is a push as it came through the log.
+type echo struct {
+	changelog.PushedChanges
+	whole bool // Changes are all; else the log has to be asked for them
+}
+
 // awaitPush waits for a push to come through the log. It is called before the push commits; done gets where it stands, once.
 // forget ends the waiting.
-func (h *hub) awaitPush(id int64) (done <-chan changelog.Pushed, forget func()) {
-	c := make(chan changelog.Pushed, 1)
+func (h *hub) awaitPush(id int64) (done <-chan echo, forget func()) {
+	c := make(chan echo, 1)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.echoes[id] = c
@@ -118,13 +126,21 @@ func (h *hub) awaitPush(id int64) (done <-chan changelog.Pushed, forget func()) 
 	}
 }
 
-// echoLocked tells those who wait for pushes. What the log holds is told at once, wherever the hub stands.
-func (h *hub) echoLocked(pushes []changelog.Pushed) {
+// echoLocked tells those who wait for pushes. What the log holds is told at once, wherever the hub stands. The entries are
+// those from a version on up to another one.
+func (h *hub) echoLocked(pushes []changelog.Pushed, entries []changelog.Entry, from, to changelog.Version) {
 	for _, p := range pushes {
-		if c := h.echoes[p.ID]; c != nil {
-			c <- p
-			delete(h.echoes, p.ID)
+		c := h.echoes[p.ID]
+		if c == nil {
+			continue
 		}
+		delete(h.echoes, p.ID)
+		e := echo{PushedChanges: changelog.PushedChanges{Pushed: p}, whole: from <= p.Tx && p.Last <= to}
+		at, _ := slices.BinarySearchFunc(entries, p.Tx, func(e changelog.Entry, v changelog.Version) int { return cmp.Compare(e.Version, v) })
+		for ; e.whole && at < len(entries) && entries[at].Version <= p.Last; at++ {
+			e.Changes = append(e.Changes, changelog.PushedChange{Collection: entries[at].Collection, DocID: string(entries[at].DocID), Version: entries[at].Version})
+		}
+		c <- e
 	}
 }
 

@@ -37,7 +37,7 @@ func (e *env) push(t testing.TB, subject, client, locals, sql string) changelog.
 		if p.ID != id || p.Tx == 0 || p.Last < p.Tx {
 			t.Errorf("the echo of push %d is %+v", id, p)
 		}
-		return p
+		return p.Pushed
 	case <-ctx.Done():
 		t.Fatalf("push %d has no echo", id)
 	}

@@ -24,6 +24,7 @@ type push struct {
 	set     *policies.Set
 	head    changelog.Head // where the hub stands, for the collections' ids
 	caller  *policies.Caller
+	claims  string // of its token, as JSON
 	r       *pushRequest
 	plans   *pushPlans
 	changes []pending

@@ -36,6 +36,12 @@ func (x *pushTx) apply(ctx context.Context) error {
 	if err := x.lockAll(ctx, todo); err != nil {
 		return err
 	}
+	if b := x.opening; b != nil { // there was no row to lock
+		x.opening = nil
+		if err := x.sendOpening(ctx, b); err != nil {
+			return err
+		}
+	}
 	rest := x.ordered(todo)
 	for first := true; len(rest) > 0; first = false {
 		n := x.runLength(rest)
@@ -44,7 +50,7 @@ func (x *pushTx) apply(ctx context.Context) error {
 				return err
 			}
 		}
-		err := x.applyRun(ctx, rest[:n], n == len(rest))
+		err := x.applyRun(ctx, rest[:n])
 		if err != nil {
 			return err
 		}
@@ -66,7 +72,7 @@ func (x *pushTx) applyAlone(ctx context.Context, c *pending) error {
 	locked := err == nil
 	x.fenced, x.wrote = false, false
 	if locked {
-		err = x.applyRun(ctx, one, false)
+		err = x.applyRun(ctx, one)
 	}
 	if err != nil {
 		var problem *Problem
@@ -171,7 +177,7 @@ func (x *pushTx) lockRows(ctx context.Context, changes []*pending) error {
 				asks[i].Base = object(c.believed)
 			}
 		}
-		found, err := schema.LockRows(ctx, x.conn, plan.t, asks)
+		found, err := schema.LockRows(ctx, x, plan.t, asks)
 		if err == nil {
 			err = x.lockMissed(ctx, changes[:n], asks, found)
 		}
@@ -301,8 +307,8 @@ type pushWork struct {
 	deleting bool // or marking as deleted
 }
 
-// applyRun judges and writes changes of different documents. last says that no run follows.
-func (x *pushTx) applyRun(ctx context.Context, run []*pending, last bool) error {
+// applyRun judges and writes changes of different documents.
+func (x *pushTx) applyRun(ctx context.Context, run []*pending) error {
 	live := run[:0:0]
 	for _, c := range run {
 		x.resolve(c)
@@ -317,7 +323,7 @@ func (x *pushTx) applyRun(ctx context.Context, run []*pending, last bool) error 
 	if len(writes) == 0 || x.r.atomic && x.anyRejected() {
 		return nil
 	}
-	rows, err := x.write(ctx, writes, last)
+	rows, err := x.write(ctx, writes)
 	if err != nil {
 		return x.raced(ctx, err, works, writes)
 	}
@@ -329,7 +335,11 @@ func (x *pushTx) applyRun(ctx context.Context, run []*pending, last bool) error 
 			return err
 		}
 	}
-	if err := x.examineParents(ctx, works, rows); err != nil {
+	later := x.careful && !x.blame
+	if later {
+		x.written, x.rows = append(x.written, works...), append(x.rows, rows...)
+	}
+	if err := x.examineParents(ctx, works, rows, func(p *pushParent) bool { return !(later && p.fk.Deferrable) }); err != nil {
 		return err
 	}
 	if !x.careful && !x.r.atomic && slices.ContainsFunc(works, func(w pushWork) bool { return w.c.result.status == policies.Rejected }) {
@@ -341,17 +351,18 @@ func (x *pushTx) applyRun(ctx context.Context, run []*pending, last bool) error 
 	return nil
 }
 
-// write carries the writes out as the application's user.
-func (x *pushTx) write(ctx context.Context, writes []schema.Write, last bool) ([]schema.Row, error) {
+// write carries the writes out as the application's user. At first constraints are left to their own times, which costs
+// nothing: where one fails, care finds out whether it would hold in the end.
+func (x *pushTx) write(ctx context.Context, writes []schema.Write) ([]schema.Row, error) {
 	x.wrote = true
-	before, after := x.asUser()
-	if x.blame || last && !x.careful {
-		after = append([]pushStatement{checkConstraints}, after...)
-		x.unchecked = false
-	} else {
-		x.unchecked = true
+	f := framed{x.conn, []pushStatement{x.asUser()}, []pushStatement{asGateway}}
+	switch {
+	case x.blame:
+		f.before, f.after = append(f.before, deferConstraints), []pushStatement{checkConstraints, asGateway}
+	case x.careful:
+		f.before, x.unchecked = append(f.before, deferConstraints), true
 	}
-	return schema.ExecWrites(ctx, framed{x.conn, before, after}, writes)
+	return schema.ExecWrites(ctx, f, writes)
 }
 
 // raced tells an insert that lost against another transaction's insert of the same key from one that fails by itself.

@@ -25,7 +25,7 @@ func (g *Gateway) newPush(id *Identity, r *pushRequest) (*push, error) {
 	if !known {
 		return nil, &Problem{Code: NotReady}
 	}
-	p := &push{g: g, set: set, caller: caller, head: head, r: r, plans: g.plansFor(set), changes: make([]pending, len(r.changes))}
+	p := &push{g: g, set: set, caller: caller, head: head, r: r, plans: g.plansFor(set), claims: string(caller.ClaimsJSON()), changes: make([]pending, len(r.changes))}
 	ids := map[string]bool{}
 	for i := range p.changes {
 		c := &p.changes[i]

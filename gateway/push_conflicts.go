@@ -226,10 +226,9 @@ func (x *pushTx) callResolver(ctx context.Context, c *pending, s policies.Situat
 		base = string(object(c.believed))
 	}
 	schemaName, function, _ := strings.Cut(c.plan.c.Spec.ConflictFunction, ".")
-	before, after := x.asUser()
 	b := &pgx.Batch{}
 	b.Queue(`SELECT `+pgx.Identifier{schemaName, function}.Sanitize()+`($1::text::pg_catalog.jsonb, $2::text::pg_catalog.jsonb, $3::text::pg_catalog.jsonb)::pg_catalog.text`, string(current), incoming, base)
-	results := framed{x.conn, before, after}.SendBatch(ctx, b)
+	results := framed{x.conn, []pushStatement{x.asUser()}, []pushStatement{asGateway}}.SendBatch(ctx, b)
 	var answer []byte
 	err = results.QueryRow().Scan(&answer)
 	if e := results.Close(); err == nil {

@@ -16,7 +16,7 @@ type pushEcho struct {
 // awaitedPush is a mark that the hub waits for.
 type awaitedPush struct {
 	id     int64
-	done   <-chan changelog.Pushed
+	done   <-chan echo
 	forget func()
 }
 
@@ -46,26 +46,32 @@ func (e *pushEcho) await(ctx context.Context, p *push) {
 	defer e.end()
 	ctx, cancel := context.WithTimeout(ctx, p.g.o.EchoTimeout)
 	defer cancel()
-	ids := e.firsts
+	ids := slices.Clone(e.firsts)
+	var found []changelog.PushedChanges
 	if e.own != nil {
 		select {
-		case <-e.own.done:
-			ids = append(ids, e.own.id)
+		case at := <-e.own.done:
+			if found = append(found, at.PushedChanges); !at.whole {
+				found, ids = nil, append(ids, e.own.id)
+			}
 		case <-ctx.Done():
 			p.g.metrics.echoesMissed.Inc()
 			return
 		}
 	}
-	found, err := p.pushed(ctx, ids)
-	if err == nil && len(found) < len(ids) {
-		// An earlier push was committed a moment ago: it is below a fence.
-		if err = p.g.passFence(ctx); err == nil {
-			found, err = p.pushed(ctx, ids)
+	if len(ids) > 0 {
+		earlier, err := p.pushed(ctx, ids)
+		if err == nil && len(earlier) < len(ids) {
+			// An earlier push was committed a moment ago: it is below a fence.
+			if err = p.g.passFence(ctx); err == nil {
+				earlier, err = p.pushed(ctx, ids)
+			}
 		}
-	}
-	if err != nil {
-		p.g.metrics.echoesMissed.Inc()
-		return
+		if err != nil {
+			p.g.metrics.echoesMissed.Inc()
+			return
+		}
+		found = append(found, earlier...)
 	}
 	p.echoed(found)
 }

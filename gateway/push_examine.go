@@ -109,7 +109,7 @@ func (x *pushTx) show(c *pending, b *policies.Binding, row schema.Row) (err erro
 }
 
 // examineParents holds the rows that pushed foreign keys name: who may not see one may not refer to it.
-func (x *pushTx) examineParents(ctx context.Context, works []pushWork, rows []schema.Row) error {
+func (x *pushTx) examineParents(ctx context.Context, works []pushWork, rows []schema.Row, now func(*pushParent) bool) error {
 	type reference struct {
 		parent *pushParent
 		tuples [][]string
@@ -125,7 +125,7 @@ func (x *pushTx) examineParents(ctx context.Context, works []pushWork, rows []sc
 		}
 		for j := range w.c.plan.parents {
 			parent := &w.c.plan.parents[j]
-			if !slices.ContainsFunc(parent.fk.Columns, func(name string) bool { return slices.Contains(w.named, name) }) {
+			if !now(parent) || !slices.ContainsFunc(parent.fk.Columns, func(name string) bool { return slices.Contains(w.named, name) }) {
 				continue
 			}
 			tuple := make([]string, len(parent.at))

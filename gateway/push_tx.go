@@ -41,8 +41,11 @@ type pushTx struct {
 	made      []changelog.Local        // keys that the source gave in this transaction
 	creators  map[localID]*pending
 	found     map[*pending]schema.Found
-	wrote     bool // with care: by the present change
-	unchecked bool // constraints that wait for the end of the transaction haven't been checked since the last write
+	opening   *pgx.Batch // has yet to be sent
+	wrote     bool       // with care: by the present change
+	unchecked bool       // constraints that wait for the end of the transaction haven't been checked since the last write
+	written   []pushWork // whose parents are to be looked at in the end
+	rows      []schema.Row
 	fenced    bool // the log has passed what the locked rows show
 	known     map[*pending]changelog.DocumentKnown
 	logHead   *changelog.Head // as of known
@@ -83,7 +86,7 @@ func (p *push) run(ctx context.Context) (*pushEcho, error) {
 		endTransaction(ctx, conn)
 		switch {
 		case errors.Is(err, errCareful) && !careful:
-			careful, blame = true, !p.r.atomic
+			careful = true
 		case errors.Is(err, errBlame) && !blame:
 			careful, blame = true, true
 		case errors.Is(err, errAgain) && attempt < pushAttempts:
@@ -178,20 +181,69 @@ func (x *pushTx) anyRejected() bool {
 	return false
 }
 
-// open begins the transaction, in one round trip: time limits, the client's turn, what is known of its changes, the mark.
+// open begins the transaction: time limits, the client's turn, the mark, what is known of its changes. Where
+// nothing has to be known before rows are locked, the lock's statement takes it along (Query).
 func (x *pushTx) open(ctx context.Context) error {
 	b := &pgx.Batch{}
 	b.Queue(`BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE`)
-	b.Queue(`SELECT set_config('lock_timeout', $1, true), set_config('statement_timeout', $2, true), pg_advisory_xact_lock($3)::text`,
-		pushLockMost, pushSelectMost, x.turn())
+	b.Queue(`WITH turn AS MATERIALIZED (SELECT set_config('lock_timeout', $3, true), set_config('statement_timeout', $4, true), pg_advisory_xact_lock($5))
+		INSERT INTO walgate.pushes (subject, client_id) SELECT $1, $2 FROM turn RETURNING id, pg_current_xact_id()::text::int8, now()::text`,
+		x.caller.Subject, x.r.client, pushLockMost, pushSelectMost, x.turn()).
+		QueryRow(func(r pgx.Row) error { return r.Scan(&x.id, &x.txid, &x.now) })
+	n := b.Len()
 	x.queueOutcomes(b)
 	x.queueLocals(b)
-	b.Queue(`INSERT INTO walgate.pushes (subject, client_id) VALUES ($1, $2) RETURNING id, pg_current_xact_id()::text::int8, now()::text`, x.caller.Subject, x.r.client).
-		QueryRow(func(r pgx.Row) error { return r.Scan(&x.id, &x.txid, &x.now) })
+	if !x.careful && b.Len() == n {
+		x.opening = b
+		return nil
+	}
+	return x.sendOpening(ctx, b)
+}
+
+func (x *pushTx) sendOpening(ctx context.Context, b *pgx.Batch) error {
 	if err := x.conn.SendBatch(ctx, b).Close(); err != nil {
 		return x.transient(fmt.Errorf("begin a push: %w", err))
 	}
 	return nil
+}
+
+// Query sends the opening of the transaction, if it is yet to be sent, in the same round trip.
+func (x *pushTx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	b := x.opening
+	if b == nil {
+		return x.conn.Query(ctx, sql, args...)
+	}
+	x.opening = nil
+	opened := b.QueuedQueries
+	b.Queue(sql, args...)
+	results := x.conn.SendBatch(ctx, b)
+	for _, q := range opened {
+		if q.Fn != nil {
+			if err := q.Fn(results); err != nil {
+				break // what follows says the same
+			}
+		} else if _, err := results.Exec(); err != nil {
+			break
+		}
+	}
+	rows, err := results.Query()
+	if err != nil {
+		results.Close()
+		return nil, err
+	}
+	return &lastRows{rows, results}, nil
+}
+
+// lastRows are the rows of a batch's last statement.
+type lastRows struct {
+	pgx.Rows
+	results pgx.BatchResults
+}
+
+// Close closes the batch too.
+func (r *lastRows) Close() {
+	r.Rows.Close()
+	r.results.Close()
 }
 
 // turn is the advisory lock of this client: two of its pushes at a time could both believe that they come first.
@@ -209,16 +261,18 @@ func (x *pushTx) transient(err error) error {
 	return err
 }
 
-// asUser are the statements between which the application's own rules hold: the role, its search path, who the end user is.
-func (x *pushTx) asUser() (before, after []pushStatement) {
-	before = []pushStatement{{`SELECT pg_catalog.set_config('request.jwt.claims', $1, true), pg_catalog.set_config('row_security', 'on', true), pg_catalog.set_config('role', $2, true)`,
-		[]any{string(x.caller.ClaimsJSON()), cmp.Or(x.g.o.PushRole, "none")}}, {`SET LOCAL search_path TO DEFAULT`, nil}, {`SET CONSTRAINTS ALL DEFERRED`, nil}}
-	after = []pushStatement{{`SELECT pg_catalog.set_config('role', 'none', true), pg_catalog.set_config('row_security', 'off', true), pg_catalog.set_config('search_path', 'pg_catalog', true)`, nil}}
-	return before, after
+// asUser makes the application's own rules hold: the role, its search path, who the end user is. asGateway ends that.
+func (x *pushTx) asUser() pushStatement {
+	return pushStatement{`SELECT pg_catalog.set_config('request.jwt.claims', $1, true), pg_catalog.set_config('row_security', 'on', true), pg_catalog.set_config('role', $2, true), pg_catalog.set_config('search_path', $3, true)`,
+		[]any{x.claims, cmp.Or(x.g.o.PushRole, "none"), schema.ApplicationPath(x.conn)}}
 }
 
-// checkConstraints runs as the application's user: deferred triggers run with it.
-var checkConstraints = pushStatement{`SET CONSTRAINTS ALL IMMEDIATE`, nil}
+var (
+	asGateway = pushStatement{`SELECT pg_catalog.set_config('role', 'none', true), pg_catalog.set_config('row_security', 'off', true), pg_catalog.set_config('search_path', 'pg_catalog', true)`, nil}
+	// Both run as the application's user: deferred triggers run with the second.
+	deferConstraints = pushStatement{`SET CONSTRAINTS ALL DEFERRED`, nil}
+	checkConstraints = pushStatement{`SET CONSTRAINTS ALL IMMEDIATE`, nil}
+)
 
 // pushStatement is one statement with its arguments.
 type pushStatement struct {
@@ -262,11 +316,21 @@ func (x *pushTx) do(ctx context.Context, statements ...pushStatement) error {
 
 // close commits, unless nothing came of the push but rejections.
 func (x *pushTx) close(ctx context.Context) (*pushEcho, error) {
-	if x.r.atomic && x.anyRejected() {
+	rejected := x.anyRejected()
+	if x.r.atomic && rejected {
+		x.written, x.rows = nil, nil
 		for i := range x.changes {
 			if c := &x.changes[i]; c.result.status != policies.Rejected && !c.result.duplicate {
 				c.fail(codeBatchRejected, "another change of the batch was rejected, so nothing of it was written")
 			}
+		}
+	}
+	if err := x.examineParents(ctx, x.written, x.rows, func(p *pushParent) bool { return p.fk.Deferrable }); err != nil {
+		return nil, err
+	}
+	for i := range x.written {
+		if x.written[i].c.result.status == policies.Rejected {
+			return nil, errBlame
 		}
 	}
 	x.versions(ctx)
@@ -276,15 +340,16 @@ func (x *pushTx) close(ctx context.Context) (*pushEcho, error) {
 		commits = commits || r.status != policies.Rejected && !r.duplicate
 	}
 	if !commits {
-		if _, err := x.conn.Exec(ctx, `ROLLBACK`); err != nil {
-			return nil, err
+		if x.opening == nil {
+			if _, err := x.conn.Exec(ctx, `ROLLBACK`); err != nil {
+				return nil, err
+			}
 		}
 		x.finish()
 		return x.echoOfDuplicates(nil), nil
 	}
 	if x.unchecked {
-		before, after := x.asUser()
-		err := x.do(ctx, append(append(before[:2:2], checkConstraints), after...)...)
+		err := x.do(ctx, x.asUser(), checkConstraints, asGateway)
 		var pg *pgconn.PgError
 		switch f := schema.Classify(err); {
 		case err == nil:
@@ -325,8 +390,11 @@ func (x *pushTx) commit(ctx context.Context) error {
 	}
 	var pg *pgconn.PgError
 	switch {
-	case errors.As(err, &pg):
-		return x.transient(fmt.Errorf("commit a push: %w", err)) // the server says that nothing was committed
+	case errors.As(err, &pg): // the server says that nothing was committed
+		if f := schema.Classify(err); !f.Again && !f.Busy && !x.careful {
+			return fmt.Errorf("%w: %w", errCareful, err) // a constraint that was deferred to the end
+		}
+		return x.transient(fmt.Errorf("commit a push: %w", err))
 	case err != nil:
 		return (&Problem{Code: SourceUnavailable, RetryAfter: pushRetryAfter(),
 			Detail: "the database did not say whether the push was committed: repeat it with the same change_ids, and what was done is not done again"}).Because(err)

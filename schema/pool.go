@@ -33,14 +33,18 @@ func BoundConnection(c *pgconn.Config) {
 var ErrSettings = errors.New("the session has other settings than it asked for, as behind a pooler")
 
 // prepared checks that a session has the settings that the codec needs, and makes it durable. The search path is set here
-// and not with the connection's parameters, so that SET search_path TO DEFAULT gives what the application's sessions have:
-// its triggers need that.
+// and not with the connection's parameters, so that it shows what the application's sessions have: see ApplicationPath.
 func prepared(ctx context.Context, c *pgx.Conn) error {
 	if err := durable(ctx, c); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
+	var path string
+	if err := c.QueryRow(ctx, `SELECT current_setting('search_path')`).Scan(&path); err != nil {
+		return err
+	}
+	c.PgConn().CustomData()[applicationPath] = path
 	if _, err := c.Exec(ctx, `SET search_path TO pg_catalog`); err != nil {
 		return err
 	}
@@ -56,6 +60,15 @@ func prepared(ctx context.Context, c *pgx.Conn) error {
 		err = fmt.Errorf("%w: %s", ErrSettings, other)
 	}
 	return err
+}
+
+const applicationPath = "search_path"
+
+// ApplicationPath returns the search path that a connection of OpenPool would have without us: the application's triggers
+// may need it.
+func ApplicationPath(c *pgx.Conn) string {
+	path, _ := c.PgConn().CustomData()[applicationPath].(string)
+	return path
 }
 
 // durable makes a session's commits wait for the disk at least; stronger settings stay.
