@@ -58,7 +58,9 @@ type device struct {
 	client   *http.Client
 	rows     map[string]string // by collection and key, as JSON
 	pending  []record
-	made     []record // all of them
+	made     []record          // all of them
+	keys     map[string]string // by collection and local id, as pushes answered
+	again    int               // rows whose push was repeated
 	newest   string
 	lastSync string
 	before   func() // is called before each request: others write
@@ -204,6 +206,8 @@ func (d *device) push() error {
 	}
 	var results []struct {
 		Status, Code string
+		DocID        string `json:"doc_id"`
+		LocalID      string `json:"local_id"`
 		NewVersion   string `json:"new_version"`
 	}
 	if err := json.Unmarshal(answer["results"], &results); err != nil || len(results) != len(changes) {
@@ -213,6 +217,13 @@ func (d *device) push() error {
 		if r.Status != "accepted" {
 			d.t.Fatalf("%v: %+v", changes[i], r)
 		}
+		key := fmt.Sprint(changes[i]["collection"], "/", r.LocalID)
+		if before := d.keys[key]; r.DocID == "" || r.LocalID != changes[i]["local_id"] || before != "" && before != r.DocID {
+			d.t.Fatalf("%v became %+v, and was %q", changes[i], r, before)
+		} else if before != "" {
+			d.again++
+		}
+		d.keys[key] = r.DocID
 		d.newest = max(d.newest, r.NewVersion)
 	}
 	return nil
@@ -260,6 +271,9 @@ func (d *device) apply(list json.RawMessage) {
 	}
 	for _, c := range changes {
 		key := c.Collection + "/" + c.DocID
+		if made := d.keys[c.Collection+"/"+c.LocalID]; c.LocalID != "" && made != "" && made != c.DocID {
+			d.t.Fatalf("the feed says that %s became %s, the push said %s", c.LocalID, c.DocID, made)
+		}
 		if c.Operation == "delete" {
 			delete(d.rows, key)
 		} else {
@@ -326,7 +340,7 @@ func TestDevicesThroughFailures(t *testing.T) {
 		token, err := signToken(cfg, subject, []string{"editor"}, nil, time.Hour)
 		must(t, err)
 		return &device{t: t, gateway: gateway, token: token, id: id, clock: clock, rng: rng, before: app.write, fault: plain,
-			client: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, rows: map[string]string{}}
+			client: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, rows: map[string]string{}, keys: map[string]string{}}
 	}
 	phone := newDevice("ana", "phone", time.Date(2008, 10, 27, 4, 41, 1, 0, time.UTC))
 	all := []*device{phone, newDevice("ana", "tablet", time.Date(2093, 1, 1, 0, 0, 0, 0, time.UTC)), newDevice("bob", "phone", time.Date(1970, 1, 1, 0, 0, 0, 0, time.UTC))}
@@ -385,6 +399,9 @@ func TestDevicesThroughFailures(t *testing.T) {
 			must(t, d.session(false))
 		}
 		d.compare(conn)
+	}
+	if phone.again == 0 {
+		t.Error("no push was repeated")
 	}
 	for _, how := range []string{"the answer is lost", "killed at work", "killed afterwards"} {
 		for _, step := range []string{"open", "push", "pull", "complete"} {

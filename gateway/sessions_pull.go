@@ -86,28 +86,39 @@ func (g *Gateway) sessionPage(ctx context.Context, f *feed, s *syncSession, from
 	if from != nil {
 		place = *from
 	}
-	h, err := g.o.Log.Head(ctx)
-	if err != nil {
-		return nil, 0, nil, g.logProblem(err)
-	}
-	if err := s.usable(h); err != nil {
-		return nil, 0, nil, err
-	}
 	r := &sessionReader{g: g, feed: f, session: s, place: place, limit: limit}
 	if from == nil && s.lastSync.History == "" {
-		if err := f.usable(h); err != nil || len(f.collections) == 0 {
-			return emptySessionPage(f, s), 0, nil, err
-		}
-		return r.resync(&resync{Collections: f.names(), Reason: reasonFirst}), 0, nil, nil
-	}
-	if rs := f.check(place.at, h); rs != nil { // else another history's number would be compared with the window's
-		return r.resync(rs), 0, nil, nil
+		body, err = r.first(ctx)
+		return body, 0, nil, err
 	}
 	if place.at.Version < s.checkin.Version { // also where a page of own rows was of an earlier session
 		r.place.own = 0
 		return r.window(ctx)
 	}
 	return r.own(ctx)
+}
+
+// first answers a device that has nothing yet.
+func (r *sessionReader) first(ctx context.Context) ([]byte, error) {
+	h, err := r.g.o.Log.Head(ctx)
+	if err != nil {
+		return nil, r.g.logProblem(err)
+	}
+	if err := r.session.usable(h); err != nil {
+		return nil, err
+	}
+	if err := r.feed.usable(h); err != nil {
+		return nil, err
+	}
+	if len(r.feed.collections) == 0 { // there is nothing that it could be told to read
+		return appendPage(r.feed, &changelog.Page{Last: r.session.checkin.Version}, nil, r.end().String()), nil
+	}
+	return r.resync(&resync{Collections: r.feed.names(), Reason: reasonFirst}), nil
+}
+
+// end is max_checkin as a position of the caller.
+func (r *sessionReader) end() changelog.Cursor {
+	return changelog.Cursor{Version: r.session.checkin.Version, History: r.session.checkin.History, ScopeHash: r.feed.caller.ScopeHash}
 }
 
 // sessionReader reads one page of a session.
@@ -152,18 +163,13 @@ func (r *sessionReader) window(ctx context.Context) ([]byte, int, *lease, error)
 // own reads the device's own rows above max_checkin: everything that its pushes wrote and the caller may see. What others
 // wrote between them is passed over; it lies in the next session's window.
 func (r *sessionReader) own(ctx context.Context) ([]byte, int, *lease, error) {
-	end := changelog.Cursor{Version: r.session.checkin.Version, History: r.session.checkin.History, ScopeHash: r.feed.caller.ScopeHash}
-	from, newest := r.place.own, changelog.Version(0)
-	var err error
+	end, from := r.end(), r.place.own
 	if from == 0 {
 		// A pull from behind the window, after a full resync, gets them all the same: their marks aren't in a full. What the
 		// device has confirmed, which is more than the window where two sessions were opened at once, doesn't come again.
 		from = max(end.Version, r.session.lastSync.Version)
-		err = r.g.storePulled(ctx, r.session, end)
 	}
-	if err == nil {
-		newest, err = r.newestOwn(ctx)
-	}
+	newest, err := r.newestOwn(ctx)
 	if err != nil {
 		return nil, 0, nil, err
 	}
@@ -171,6 +177,10 @@ func (r *sessionReader) own(ctx context.Context) ([]byte, int, *lease, error) {
 		p, rs, room, err := r.read(ctx, from, max(newest, from))
 		if err != nil || rs != nil {
 			return r.refused(rs, room), 0, nil, err
+		}
+		if err := r.g.storePulled(ctx, r.session, end); err != nil {
+			room.release()
+			return nil, 0, nil, err
 		}
 		mine := func(tx changelog.Version) bool {
 			_, found := slices.BinarySearchFunc(p.Pushes, tx, func(m changelog.Pushed, tx changelog.Version) int { return cmp.Compare(m.Tx, tx) })
@@ -235,9 +245,4 @@ func (r *sessionReader) newestOwn(ctx context.Context) (changelog.Version, error
 // ownPlace is the last_seq of a page that own rows follow.
 func ownPlace(at changelog.Cursor, own changelog.Version) string {
 	return at.String() + ownMark + strconv.FormatInt(int64(own), 10)
-}
-
-// emptySessionPage is what a caller gets that may read nothing.
-func emptySessionPage(f *feed, s *syncSession) []byte {
-	return appendPage(f, &changelog.Page{Last: s.checkin.Version}, nil, changelog.Cursor{Version: s.checkin.Version, History: s.checkin.History, ScopeHash: f.caller.ScopeHash}.String())
 }

@@ -61,6 +61,7 @@ func (g *Gateway) storePulled(ctx context.Context, s *syncSession, upTo changelo
 		return nil
 	}
 	_, err := g.o.Source.Exec(ctx, `UPDATE walgate.sessions SET pulled = $3 WHERE sync_uuid = $1 AND subject = $2`, s.id, s.subject, upTo.String())
+	s.pulled = upTo
 	return storeProblem(err)
 }
 

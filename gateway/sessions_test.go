@@ -165,8 +165,10 @@ func TestSession(t *testing.T) {
 	if got := briefs(changes); got != "upsert todos/2" || last != s.Checkin || marks(changes) != "2=phone/my-2" {
 		t.Fatalf("after the full: %q up to %s, want the device's own row up to %s", got, last, s.Checkin)
 	}
-	if done := e.complete(t, a, s, last); done.last() != s.Checkin || done.ID != s.ID || done.Checkin != s.Checkin {
-		t.Fatalf("completed as %+v", done)
+	for _, update := range []string{changes[0].Version, last} {
+		if done := e.complete(t, a, s, update); done.last() != s.Checkin || done.ID != s.ID || done.Checkin != s.Checkin {
+			t.Fatalf("completed with %s as %+v", update, done)
+		}
 	}
 
 	e.exec(t, `UPDATE todos SET title = 'other' WHERE id = 1`)
@@ -262,6 +264,31 @@ func TestSessionPages(t *testing.T) {
 		if !slices.Equal(got, want) || since != s.Checkin {
 			t.Errorf("limit %d: %d changes in %d pages up to %s, want %d up to %s", limit, len(got), pages, since, len(want), s.Checkin)
 		}
+	}
+}
+
+// TestPlacesOfEarlierSessions: a device that goes on in another session from where it was in the last one's own rows is given
+// the window from there, for what lies between those rows is others'.
+func TestPlacesOfEarlierSessions(t *testing.T) {
+	t.Parallel()
+	e := newEnv(t, setup{})
+	a := tokenFor(t, "a", nil)
+	e.synced(t, a, "phone")
+	s := e.openSession(t, a, "phone")
+	for id := 1; id < 4; id++ {
+		e.exec(t, `INSERT INTO todos VALUES ($1, 'a')`, 10*id)
+		e.pushed(t, "a", "phone", fmt.Sprintf(`INSERT INTO todos VALUES (%d, 'a')`, 10*id+1))
+	}
+	p := e.pullSession(t, a, s, "", "limit", "1")
+	if briefs(p.Changes) != "upsert todos/11" || !strings.Contains(p.LastSeq, ownMark) {
+		t.Fatalf("own rows: %+v", p)
+	}
+	next := e.openSession(t, a, "phone")
+	if changes, _ := e.pullWindow(t, a, next, p.LastSeq); briefs(changes) != "upsert todos/10, upsert todos/11, upsert todos/20, upsert todos/21, upsert todos/30, upsert todos/31" {
+		t.Errorf("in the next session: %s", briefs(changes))
+	}
+	if done := e.complete(t, a, next, p.LastSeq); done.last() != s.Checkin {
+		t.Errorf("last_sync is %s, want no more than the place that the last session's max_checkin was: %s", done.last(), s.Checkin)
 	}
 }
 
