@@ -61,6 +61,11 @@ const strongest = `CASE op WHEN 'u' THEN 0 WHEN 'd' THEN 1 ELSE 2 END`
 
 const pushColumns = `tx, last, push, subject, client_id, locals`
 
+// transactionsOfPushes finds one transaction at a time. PostgreSQL can't see that push = ANY ($1) implies the index's
+// condition, for the array might be empty: it would read the whole table.
+const transactionsOfPushes = `unnest($1::bigint[]) AS p(id) CROSS JOIN LATERAL (SELECT ` + pushColumns + ` FROM walgate.transactions
+	WHERE push = p.id AND tx > (SELECT floor FROM walgate.checkpoint)) t`
+
 // Pushed returns those of the pushes that this history's log holds, and their changes in the order of versions. One of a
 // transaction of very many changes may lack the newest of them.
 func (l *Log) Pushed(ctx context.Context, ids []int64) ([]PushedChanges, error) {
@@ -68,7 +73,7 @@ func (l *Log) Pushed(ctx context.Context, ids []int64) ([]PushedChanges, error) 
 	at := map[Version]int{}
 	b := &pgx.Batch{}
 	b.Queue(`BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY`)
-	b.Queue(`SELECT `+pushColumns+` FROM walgate.transactions WHERE push = ANY ($1) AND tx > (SELECT floor FROM walgate.checkpoint) ORDER BY tx`, ids).Query(func(rows pgx.Rows) error {
+	b.Queue(`SELECT `+pushColumns+` FROM `+transactionsOfPushes+` ORDER BY tx`, ids).Query(func(rows pgx.Rows) error {
 		pushes, err := scanPushes(rows)
 		for _, p := range pushes {
 			at[p.Tx] = len(out)
@@ -76,9 +81,8 @@ func (l *Log) Pushed(ctx context.Context, ids []int64) ([]PushedChanges, error) 
 		}
 		return err
 	})
-	b.Queue(`SELECT DISTINCT ON (c.version, c.collection, c.doc_id) c.tx, c.version, c.collection, c.doc_id, c.op::text FROM walgate.transactions t
+	b.Queue(`SELECT DISTINCT ON (c.version, c.collection, c.doc_id) c.tx, c.version, c.collection, c.doc_id, c.op::text FROM `+transactionsOfPushes+`
 		JOIN LATERAL (SELECT tx, version, collection, doc_id, op FROM walgate.changes WHERE version BETWEEN t.tx AND t.last ORDER BY version LIMIT $2) c ON true
-		WHERE t.push = ANY ($1) AND t.tx > (SELECT floor FROM walgate.checkpoint)
 		ORDER BY c.version, c.collection, c.doc_id, `+strongest, ids, pushedMost).Query(func(rows pgx.Rows) error {
 		var tx Version
 		var c PushedChange

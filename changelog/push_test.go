@@ -4,7 +4,10 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
+
+	"github.com/jackc/pgx/v5"
 )
 
 // marked is a transaction that is a push of ana's phone.
@@ -138,5 +141,22 @@ func TestPushedIsOfThisHistory(t *testing.T) {
 	restart(t, l, func(c *Claim) { c.Source.Timeline++ })
 	if got, err := l.Pushed(t.Context(), []int64{11, 12, 13}); err != nil || len(got) > 0 {
 		t.Errorf("the new history knows pushes of the old one: %+v (%v)", got, err)
+	}
+}
+
+// TestPushedCostsItsPushes: the plan finds a push by the index, also while nothing is known of how the table is filled.
+func TestPushedCostsItsPushes(t *testing.T) {
+	t.Parallel()
+	_, dsn, _, _ := filled(t, 4000)
+	conn := session(t, dsn)
+	mustExec(t, conn, `UPDATE walgate.transactions SET push = xid`, `SET enable_bitmapscan = off`)
+	rows, err := conn.Query(t.Context(), `EXPLAIN (ANALYZE, FORMAT TEXT) SELECT `+pushColumns+` FROM `+transactionsOfPushes, []int64{7})
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	plan := strings.Join(lines, "\n")
+	if err != nil || strings.Contains(plan, "Seq Scan on transactions") || !strings.Contains(plan, "_push_idx") || strings.Contains(plan, "Rows Removed by Filter") {
+		t.Errorf("%v\n%s", err, plan)
 	}
 }
