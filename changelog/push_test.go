@@ -149,8 +149,9 @@ func TestPushedCostsItsPushes(t *testing.T) {
 	t.Parallel()
 	_, dsn, _, _ := filled(t, 4000)
 	conn := session(t, dsn)
-	mustExec(t, conn, `UPDATE walgate.transactions SET push = xid`, `SET enable_bitmapscan = off`)
-	rows, err := conn.Query(t.Context(), `EXPLAIN (ANALYZE, FORMAT TEXT) SELECT `+pushColumns+` FROM `+transactionsOfPushes, []int64{7})
+	mustExec(t, conn, `UPDATE walgate.transactions SET push = xid`, `SET enable_bitmapscan = off`, `SET plan_cache_mode = force_generic_plan`)
+	mustExec(t, conn, `PREPARE pushed (bigint[]) AS SELECT `+pushColumns+` FROM `+transactionsOfPushes)
+	rows, err := conn.Query(t.Context(), `EXPLAIN (ANALYZE, FORMAT TEXT) EXECUTE pushed ('{7}')`)
 	if err != nil {
 		t.Fatal(err)
 	}
