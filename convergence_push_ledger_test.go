@@ -301,6 +301,7 @@ func (l *pushLedger) replay(v *pushConvergence, b *batch, past []committed, key 
 		judged := history
 		want := policy.judge(judged, m)
 		if mild && l.milder && want.policy == policy.onDeleted {
+			m.before = 0
 			want = policy.judge(nil, m) // the log has lost the document
 		}
 		got := results[i]

@@ -85,26 +85,19 @@ func (p modelPolicy) judge(history []modelRow, c modelChange) modelOutcome {
 	return modelOutcome{status: "accepted"}
 }
 
-// lastSeen is the last image of a row that is gone, and whether the caller was told that it went.
+// lastSeen is the last image of a row that is gone, and whether the caller was told that it went: what is done to a row that
+// is marked as deleted, nobody is told.
 func (p modelPolicy) lastSeen(history []modelRow) (image modelRow, gone bool) {
 	last := len(history) - 1
 	if last >= 0 && history[last] != nil {
 		return nil, false
 	}
-	for ; last >= 0 && history[last] == nil; last-- {
-	}
-	if last < 0 || !p.sees(history[last]) {
-		return nil, false
-	}
 	for ; last >= 0; last-- {
 		if row := history[last]; row != nil && !p.softDeleted(row) {
-			if p.sees(row) {
-				image = row
-			}
-			break
+			return row, p.sees(row)
 		}
 	}
-	return image, true
+	return nil, false
 }
 
 func (p modelPolicy) softDeleted(row modelRow) bool { return p.soft != "" && row[p.soft] != nil }
