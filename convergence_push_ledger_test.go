@@ -315,6 +315,9 @@ func (l *pushLedger) replay(v *pushConvergence, b *batch, past []committed, key 
 		if got.Status != want.status || got.Code != want.code || want.policy != "" && got.Policy != want.policy || !slices.Equal(columns, want.columns) && len(columns)+len(want.columns) > 0 {
 			return fmt.Sprintf("%s is %s policy %q columns %q, the model says %s %s policy %q columns %q", c.ChangeID, got, got.Policy, got.Columns, want.status, want.code, want.policy, want.columns)
 		}
+		if mild && l.milder && want.policy == "resurrect_on_update" {
+			rows = false // the log may have lost what the row was
+		}
 		if want.wrote {
 			history = append(slices.Clone(history), want.row)
 			predicted = append(predicted, want.row)

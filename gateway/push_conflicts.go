@@ -167,7 +167,8 @@ func (x *pushTx) situation(c *pending) (policies.Situation, error) {
 		s.Changed = found.BaseDiffers
 	case c.hasParent && c.since:
 		s.Ahead = !x.logHead.Issued(c.parent)
-		s.AllChanged = known.All || x.logHead.History != x.head.History
+		// A row that this push brought back may have changed while it was deleted, which isn't logged.
+		s.AllChanged = known.All || known.LatestOp == byte(policies.Delete) || x.logHead.History != x.head.History
 		s.Changed = changedColumns(c.plan.t, known.Changed)
 	case c.hasParent:
 		s.AllChanged = true
