@@ -257,7 +257,7 @@ func (l *pushLedger) explain(v *pushConvergence, b *batch, key string, group []i
 		if at > 0 && at < len(all) && all[at-1].xid == all[at].xid {
 			continue // within a transaction
 		}
-		for _, mild := range []bool{false, true} {
+		for mild := range 3 {
 			fault := l.replay(v, b, all[:at], key, group, results, wrote, rows, mild)
 			if fault == "" {
 				return
@@ -276,9 +276,9 @@ func (l *pushLedger) explain(v *pushConvergence, b *batch, key string, group []i
 		b.atomic, first, last, strings.Join(slices.Compact(faults), "\n  "), v.policies[b.changes[group[0]].Collection], b.seen, sent, text.String())
 }
 
-// replay says how the results differ from what the model makes of the changes after a history. A mild one lets the
-// gateway remember less.
-func (l *pushLedger) replay(v *pushConvergence, b *batch, past []committed, key string, group []int, results map[int]pushResult, wrote []modelRow, rows, mild bool) (fault string) {
+// replay says how the results differ from what the model makes of the changes after a history. A mild one lets
+// the gateway remember less: 1 not that the row was there, 2 not what it was.
+func (l *pushLedger) replay(v *pushConvergence, b *batch, past []committed, key string, group []int, results map[int]pushResult, wrote []modelRow, rows bool, mild int) (fault string) {
 	policy := v.policies[b.changes[group[0]].Collection]
 	policy.set = modelRow{"owner_id": b.device.caller.sub}
 	policy.sees = func(r modelRow) bool { return r["owner_id"] == b.device.caller.sub }
@@ -296,11 +296,11 @@ func (l *pushLedger) replay(v *pushConvergence, b *batch, past []committed, key 
 			if m.parent == 0 {
 				return "the device held a state that isn't in the history: revision " + b.seen[i]
 			}
-			m.forgotten = mild && (l.milder || policy.visibilityChanged(history[m.parent-1:before]))
+			m.forgotten = mild > 0 && (l.milder || policy.visibilityChanged(history[m.parent-1:before]))
 		}
 		judged := history
 		want := policy.judge(judged, m)
-		if mild && l.milder && want.policy == policy.onDeleted {
+		if mild == 1 && l.milder && want.policy == policy.onDeleted {
 			m.before = 0
 			want = policy.judge(nil, m) // the log has lost the document
 		}
@@ -315,7 +315,7 @@ func (l *pushLedger) replay(v *pushConvergence, b *batch, past []committed, key 
 		if got.Status != want.status || got.Code != want.code || want.policy != "" && got.Policy != want.policy || !slices.Equal(columns, want.columns) && len(columns)+len(want.columns) > 0 {
 			return fmt.Sprintf("%s is %s policy %q columns %q, the model says %s %s policy %q columns %q", c.ChangeID, got, got.Policy, got.Columns, want.status, want.code, want.policy, want.columns)
 		}
-		if mild && l.milder && want.policy == "resurrect_on_update" {
+		if mild == 2 && l.milder && want.policy == "resurrect_on_update" {
 			rows = false // the log may have lost what the row was
 		}
 		if want.wrote {
