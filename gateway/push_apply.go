@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/walgate/walgate/policies"
@@ -36,8 +37,8 @@ func (x *pushTx) apply(ctx context.Context) error {
 	if err := x.lockAll(ctx, todo); err != nil {
 		return err
 	}
-	if b := x.opening; b != nil { // there was no row to lock
-		x.opening = nil
+	if b := x.ahead; b != nil { // there was no row to lock
+		x.ahead = nil
 		if err := x.sendOpening(ctx, b); err != nil {
 			return err
 		}
@@ -104,7 +105,7 @@ func (x *pushTx) applyAlone(ctx context.Context, c *pending) error {
 
 // checkKey finds out whether it is the key that can't be converted.
 func (x *pushTx) checkKey(ctx context.Context, c *pending) error {
-	faults, err := schema.CheckAsks(ctx, x.conn, c.plan.t, []schema.Ask{{Key: c.key}})
+	faults, err := schema.CheckAsks(ctx, x, c.plan.t, []schema.Ask{{Key: c.key}})
 	if err == nil && faults[0] != nil {
 		f := schema.Classify(faults[0])
 		c.fail(f.Code, f.Message)
@@ -205,7 +206,7 @@ func (x *pushTx) lockMissed(ctx context.Context, changes []*pending, asks []sche
 	if len(missed) == 0 {
 		return nil
 	}
-	again, err := schema.LockRows(ctx, x.conn, changes[0].plan.t, missed)
+	again, err := schema.LockRows(ctx, x, changes[0].plan.t, missed)
 	for i := range again {
 		found[at[i]] = again[i]
 	}
@@ -355,12 +356,15 @@ func (x *pushTx) applyRun(ctx context.Context, run []*pending) error {
 // nothing: where one fails, care finds out whether it would hold in the end.
 func (x *pushTx) write(ctx context.Context, writes []schema.Write) ([]schema.Row, error) {
 	x.wrote = true
-	f := framed{x.conn, []pushStatement{x.asUser()}, []pushStatement{asGateway}}
+	f := framed{conn: x.conn, before: []pushStatement{x.asUser()}}
 	switch {
 	case x.blame:
 		f.before, f.after = append(f.before, deferConstraints), []pushStatement{checkConstraints, asGateway}
 	case x.careful:
-		f.before, x.unchecked = append(f.before, deferConstraints), true
+		f.before, f.after, x.unchecked = append(f.before, deferConstraints), []pushStatement{asGateway}, true
+	default: // often nothing follows but the commit
+		x.ahead = &pgx.Batch{}
+		x.ahead.Queue(asGateway.sql)
 	}
 	return schema.ExecWrites(ctx, f, writes)
 }

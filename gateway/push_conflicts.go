@@ -215,7 +215,7 @@ func names(columns []pushColumn) []string {
 
 // callResolver lets the application's function settle a conflict, as the application's user.
 func (x *pushTx) callResolver(ctx context.Context, c *pending, s policies.Situation) (policies.Decision, error) {
-	current, err := schema.RowJSON(ctx, x.conn, c.plan.t, x.found[c].Key)
+	current, err := schema.RowJSON(ctx, x, c.plan.t, x.found[c].Key)
 	if err != nil {
 		return policies.Decision{}, x.suspect(err)
 	}

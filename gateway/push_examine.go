@@ -33,7 +33,7 @@ func (x *pushTx) withheld(ctx context.Context, works []pushWork, writes []schema
 		}
 		var now schema.Row
 		if writes[i].Key != nil {
-			found, err := schema.LockRows(ctx, x.conn, w.c.plan.t, []schema.Ask{{Key: writes[i].Key}})
+			found, err := schema.LockRows(ctx, x, w.c.plan.t, []schema.Ask{{Key: writes[i].Key}})
 			if err != nil {
 				return x.suspect(err)
 			}
@@ -153,7 +153,7 @@ func (x *pushTx) examineParents(ctx context.Context, works []pushWork, rows []sc
 		}
 	}
 	for _, r := range all {
-		found, err := schema.FindRows(ctx, x.conn, r.parent.plan.t, r.parent.fk.ParentColumns, r.tuples)
+		found, err := schema.FindRows(ctx, x, r.parent.plan.t, r.parent.fk.ParentColumns, r.tuples)
 		if err != nil {
 			return err
 		}

@@ -95,7 +95,7 @@ func (x *pushTx) showNow(ctx context.Context, c *pending) error {
 	for _, k := range c.plan.t.Key {
 		columns = append(columns, c.plan.t.Columns[k].Name)
 	}
-	rows, err := schema.FindRows(ctx, x.conn, c.plan.t, columns, [][]string{key})
+	rows, err := schema.FindRows(ctx, x, c.plan.t, columns, [][]string{key})
 	if err != nil || rows[0] == nil {
 		return err
 	}

@@ -41,7 +41,8 @@ type pushTx struct {
 	made      []changelog.Local        // keys that the source gave in this transaction
 	creators  map[localID]*pending
 	found     map[*pending]schema.Found
-	opening   *pgx.Batch // has yet to be sent
+	ahead     *pgx.Batch // of whatever the gateway asks next: it has yet to be sent
+	begun     bool
 	wrote     bool       // with care: by the present change
 	unchecked bool       // constraints that wait for the end of the transaction haven't been checked since the last write
 	written   []pushWork // whose parents are to be looked at in the end
@@ -194,30 +195,31 @@ func (x *pushTx) open(ctx context.Context) error {
 	x.queueOutcomes(b)
 	x.queueLocals(b)
 	if !x.careful && b.Len() == n {
-		x.opening = b
+		x.ahead = b
 		return nil
 	}
 	return x.sendOpening(ctx, b)
 }
 
 func (x *pushTx) sendOpening(ctx context.Context, b *pgx.Batch) error {
+	x.begun = true
 	if err := x.conn.SendBatch(ctx, b).Close(); err != nil {
 		return x.transient(fmt.Errorf("begin a push: %w", err))
 	}
 	return nil
 }
 
-// Query sends the opening of the transaction, if it is yet to be sent, in the same round trip.
+// Query asks as the gateway, and sends what has to come before in the same round trip.
 func (x *pushTx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
-	b := x.opening
+	b := x.ahead
 	if b == nil {
 		return x.conn.Query(ctx, sql, args...)
 	}
-	x.opening = nil
-	opened := b.QueuedQueries
+	x.ahead, x.begun = nil, true
+	before := b.QueuedQueries
 	b.Queue(sql, args...)
 	results := x.conn.SendBatch(ctx, b)
-	for _, q := range opened {
+	for _, q := range before {
 		if q.Fn != nil {
 			if err := q.Fn(results); err != nil {
 				break // what follows says the same
@@ -340,7 +342,7 @@ func (x *pushTx) close(ctx context.Context) (*pushEcho, error) {
 		commits = commits || r.status != policies.Rejected && !r.duplicate
 	}
 	if !commits {
-		if x.opening == nil {
+		if x.begun {
 			if _, err := x.conn.Exec(ctx, `ROLLBACK`); err != nil {
 				return nil, err
 			}
@@ -373,8 +375,15 @@ func (x *pushTx) close(ctx context.Context) (*pushEcho, error) {
 // commit writes down what has to be remembered and commits, in one round trip.
 func (x *pushTx) commit(ctx context.Context) error {
 	b := &pgx.Batch{}
+	if x.ahead != nil {
+		b = x.ahead
+	}
+	n := b.Len()
 	if err := x.remember(b); err != nil {
 		return err
+	}
+	if b.Len() == n { // nothing that only the gateway may do
+		b = &pgx.Batch{}
 	}
 	b.Queue(`COMMIT`)
 	results := x.conn.SendBatch(ctx, b)
