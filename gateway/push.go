@@ -115,6 +115,7 @@ func (g *Gateway) pushRequest(c *fiber.Ctx) (answer []byte, err error) {
 	}
 	echo.await(g.working, p)
 	g.metrics.pushResults(p)
+	g.o.Logger.Debug("push", "request_id", requestID(c), "push", p.id, "changes", len(p.changes), "visible_at", p.visibleAt)
 	return p.answer(), nil
 }
 
