@@ -12,6 +12,7 @@ INSERT INTO lists (id, owner, name, slug) VALUES (1, 'ana', 'home', 'home'), (2,
 INSERT INTO tasks (id, owner, list_id, title, points, deleted_at) VALUES (1, 'ana', 1, 'one', 1, NULL), (2, 'bob', 2, 'bobs', 2, NULL), (3, 'ana', NULL, 'gone', 0, now());
 INSERT INTO boards (id, owner, a) VALUES (1, 'ana', 'x'), (2, 'ana', 'y');
 INSERT INTO vault VALUES (1, 'gold');
+INSERT INTO rooms VALUES (1, 'ana', 'hers'), (2, 'bob', 'his');
 CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 	IF NEW.b = 'refuse' THEN RAISE EXCEPTION 'boards refuse that'; END IF;
 	IF NEW.b = 'withhold' THEN RETURN NULL; END IF;
@@ -54,6 +55,10 @@ var outcomeCases = []struct{ name, change, want string }{
 	{"unique", `{"collection":"lists","operation":"insert","doc_id":"9","data":{"slug":"office"}}`, "rejected 9 unique_violation"},
 	{"foreign key to nothing", `{"collection":"tasks","operation":"update","doc_id":"1","data":{"list_id":99}}`, "rejected 1 foreign_key_missing"},
 	{"foreign key to a foreign row", `{"collection":"tasks","operation":"update","doc_id":"1","data":{"list_id":2}}`, "rejected 1 foreign_key_missing"},
+	{"into another scope", `{"collection":"rooms","operation":"update","doc_id":"1","data":{"owner":"bob"}}`, "rejected 1 out_of_scope"},
+	{"new in another scope", `{"collection":"rooms","operation":"insert","doc_id":"9","data":{"owner":"bob"}}`, "rejected 9 out_of_scope"},
+	{"new in no scope", `{"collection":"rooms","operation":"insert","doc_id":"9","data":{"name":"x"}}`, "rejected 9 out_of_scope"},
+	{"out of another scope", `{"collection":"rooms","operation":"update","doc_id":"2","data":{"owner":"ana"}}`, "rejected 2 not_found"},
 	{"still referenced", `{"collection":"lists","operation":"delete","doc_id":"1"}`, "rejected 1 still_referenced"},
 	{"trigger refuses", `{"collection":"boards","operation":"update","doc_id":"1","data":{"b":"refuse"}}`, "rejected 1 application_error"},
 	{"trigger refuses with a state of its own", `{"collection":"boards","operation":"update","doc_id":"1","data":{"b":"own state"}}`, "rejected 1 application_error"},
@@ -85,7 +90,7 @@ func TestPushOutcomes(t *testing.T) {
 			t.Parallel()
 			e := newPushEnv(t, setup{before: outcomeRows})
 			ana := tokenFor(t, "ana", nil)
-			const state = `SELECT md5(string_agg(t, ';' ORDER BY t)) FROM (SELECT 'l' || l::text FROM lists l UNION ALL SELECT 't' || t::text FROM tasks t UNION ALL SELECT 'b' || b::text FROM boards b
+			const state = `SELECT md5(string_agg(t, ';' ORDER BY t)) FROM (SELECT 'l' || l::text FROM lists l UNION ALL SELECT 't' || t::text FROM tasks t UNION ALL SELECT 'b' || b::text FROM boards b UNION ALL SELECT 'r' || r::text FROM rooms r
 				UNION ALL SELECT 'o' || o::text FROM walgate.outcomes o UNION ALL SELECT 'p' || p::text FROM walgate.pushes p) AS all_of_it(t)`
 			for _, c := range outcomeCases {
 				before := e.one(t, state)
@@ -101,7 +106,7 @@ func TestPushOutcomes(t *testing.T) {
 					t.Errorf("%s: txid %v, visible_at %v", c.name, p.TxID, p.VisibleAt)
 				}
 				if !rejected { // the next case finds the rows as they were
-					e.exec(t, `TRUNCATE lists, tasks, boards, vault; `+outcomeRows[:strings.Index(outcomeRows, "CREATE FUNCTION")])
+					e.exec(t, `TRUNCATE lists, tasks, boards, vault, rooms; `+outcomeRows[:strings.Index(outcomeRows, "CREATE FUNCTION")])
 					e.sync(t)
 				}
 			}
