@@ -285,6 +285,9 @@ func (s *sequencer) addEntries(t *target, id []byte, old, now schema.Row, change
 		changed = nil // nobody saw the row before: what changed meanwhile isn't logged
 	}
 	e := changelog.Entry{Version: version, Tx: s.tx, Collection: t.id, DocID: s.hold(id), Changed: changed}
+	if !slices.ContainsFunc(s.effects, func(f policies.Effect) bool { return f.Op != policies.Upsert || !f.Entered }) {
+		e.Changed = nil // nobody saw the row before, and what changed while nobody did isn't in the log
+	}
 	var entered, stayed []byte // guards: who never saw the row must not learn that it left
 	if t.guarded {
 		entered, stayed = s.guard(t, nil, now), s.guard(t, old, now)
