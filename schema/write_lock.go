@@ -22,7 +22,7 @@ type Ask struct {
 
 // Found is the answer to an Ask.
 type Found struct {
-	// Key is the ask's key as PostgreSQL writes it: 7 where the ask said 007.
+	// Key is the row's key, or where there is none the ask's as PostgreSQL writes it: 7 where the ask said 007.
 	Key []string
 	// Row is the locked row in the layout of Table.Ordinary, and the caller's to keep; nil: there is none.
 	Row Row
@@ -308,6 +308,11 @@ func (l *locking) read(f *Found, n int, key, row, flags []byte) error {
 	}
 	if f.Row, err = parseRecord(row, len(l.ordinary)); err != nil {
 		return err
+	}
+	for i, at := range l.t.Key { // 1.00 equals 1.0, and only one of them is in the log
+		if c := slices.IndexFunc(l.ordinary, func(c Column) bool { return c.Num == l.t.Columns[at].Num }); c >= 0 {
+			f.Key[i] = string(f.Row[c])
+		}
 	}
 	same, err := parseRecord(flags, len(l.base.at)+len(l.data.at))
 	if err != nil {
