@@ -31,18 +31,17 @@ func (g *Gateway) newPush(id *Identity, r *pushRequest) (*push, error) {
 		c := &p.changes[i]
 		c.pushChange = &r.changes[i]
 		c.data = slices.Clip(c.data)
+		twice := c.changeID != "" && ids[c.changeID]
+		if c.changeID != "" && !twice {
+			ids[c.changeID] = true
+			c.hash = c.pushChange.hash() // of what was sent: what follows depends on today's rights
+		}
 		if err := p.prepare(c); err != nil {
 			return nil, err
 		}
-		if c.changeID == "" {
-			continue
-		}
-		if ids[c.changeID] {
+		if twice {
 			c.reject(codeInvalidChange, "the change_id is in this push twice")
-			continue
 		}
-		ids[c.changeID] = true
-		c.hash = c.pushChange.hash()
 	}
 	return p, nil
 }
