@@ -394,12 +394,16 @@ func (x *pushTx) commit(ctx context.Context) error {
 			break
 		}
 	}
+	if err == nil && strings.HasPrefix(tag.String(), "COMMIT") {
+		_ = results.Close() // whatever becomes of the connection now
+		return nil
+	}
 	if e := results.Close(); err == nil {
 		err = e
 	}
 	var pg *pgconn.PgError
 	switch {
-	case errors.As(err, &pg): // the server says that nothing was committed
+	case errors.As(err, &pg) && pg.Severity != "FATAL" && pg.Severity != "PANIC": // the server says that nothing was committed
 		if f := schema.Classify(err); !f.Again && !f.Busy && !x.careful {
 			return fmt.Errorf("%w: %w", errCareful, err) // a constraint that was deferred to the end
 		}
@@ -407,8 +411,6 @@ func (x *pushTx) commit(ctx context.Context) error {
 	case err != nil:
 		return (&Problem{Code: SourceUnavailable, RetryAfter: pushRetryAfter(),
 			Detail: "the database did not say whether the push was committed: repeat it with the same change_ids, and what was done is not done again"}).Because(err)
-	case !strings.HasPrefix(tag.String(), "COMMIT"):
-		return fmt.Errorf("commit a push: the server answered %s", tag)
 	}
-	return nil
+	return fmt.Errorf("commit a push: the server answered %s", tag)
 }
