@@ -49,6 +49,7 @@ type pending struct {
 	values   []pushColumn
 	believed []pushColumn
 	resolved bool
+	state    policies.RowState // of the locked row
 	result   pushResult
 }
 

@@ -133,19 +133,30 @@ func (x *pushTx) explain(c *pending, f schema.Failure) string {
 // lockAll locks the rows of all changes, a table after the other and each in the order of keys, so that pushes don't
 // deadlock. What it finds is what the first change of each document meets.
 func (x *pushTx) lockAll(ctx context.Context, todo []*pending) error {
-	seen := map[string]bool{}
-	var first []*pending
+	of := map[string]*pending{} // the first of each document, as it is spelled
+	var first, later []*pending
 	for _, c := range todo {
 		x.resolve(c)
 		if c.result.status != "" || c.key == nil {
 			continue
 		}
-		if name := c.document(); !seen[name] {
-			seen[name] = true
+		if name := c.document(); of[name] == nil {
+			of[name] = c
 			first = append(first, c)
+		} else {
+			later = append(later, c)
 		}
 	}
-	return x.lockRows(ctx, first)
+	if err := x.lockRows(ctx, first); err != nil {
+		return err
+	}
+	for _, c := range later {
+		c.key = x.found[of[c.document()]].Key
+	}
+	for _, c := range first {
+		c.key = x.found[c].Key
+	}
+	return nil
 }
 
 // lock locks the rows of a run anew: what an earlier one left of them is what the changes meet.
@@ -331,20 +342,23 @@ func (x *pushTx) applyRun(ctx context.Context, run []*pending) error {
 	if err := x.withheld(ctx, works, writes, rows); err != nil {
 		return err
 	}
+	later := x.careful && !x.blame                                                                                              // see close
+	if err := x.examineParents(ctx, works, rows, func(p *pushParent) bool { return !(later && p.fk.Deferrable) }); err != nil { // first, as the database does
+		return err
+	}
 	for i := range works {
 		if err := x.examine(&works[i], rows[i]); err != nil {
 			return err
 		}
+		if later && works[i].c.result.status != policies.Rejected {
+			x.written, x.rows = append(x.written, works[i]), append(x.rows, rows[i])
+		}
 	}
-	later := x.careful && !x.blame
-	if later {
-		x.written, x.rows = append(x.written, works...), append(x.rows, rows...)
-	}
-	if err := x.examineParents(ctx, works, rows, func(p *pushParent) bool { return !(later && p.fk.Deferrable) }); err != nil {
-		return err
-	}
-	if !x.careful && !x.r.atomic && slices.ContainsFunc(works, func(w pushWork) bool { return w.c.result.status == policies.Rejected }) {
-		return errCareful // what was written of it has to go
+	// What was written of a rejected change has to go. Of those without a parent, a database that finds none names one.
+	if !x.careful && slices.ContainsFunc(works, func(w pushWork) bool {
+		return w.c.result.status == policies.Rejected && (!x.r.atomic || w.c.result.code == schema.CodeForeignKeyMissing)
+	}) {
+		return errCareful
 	}
 	for i := range works {
 		x.assigned(works[i].c)
@@ -352,8 +366,8 @@ func (x *pushTx) applyRun(ctx context.Context, run []*pending) error {
 	return nil
 }
 
-// write carries the writes out as the application's user. At first constraints are left to their own times, which costs
-// nothing: where one fails, care finds out whether it would hold in the end.
+// write carries the writes out as the application's user. Deferred constraints and triggers run before that ends, for at the
+// commit they would as the gateway. Where one fails, care finds out whether it would hold in the end.
 func (x *pushTx) write(ctx context.Context, writes []schema.Write) ([]schema.Row, error) {
 	x.wrote = true
 	f := framed{conn: x.conn, before: []pushStatement{x.asUser()}}
@@ -363,7 +377,7 @@ func (x *pushTx) write(ctx context.Context, writes []schema.Write) ([]schema.Row
 	case x.careful:
 		f.before, f.after, x.unchecked = append(f.before, deferConstraints), []pushStatement{asGateway}, true
 	default: // often nothing follows but the commit
-		x.ahead = &pgx.Batch{}
+		f.after, x.ahead = []pushStatement{checkConstraints}, &pgx.Batch{}
 		x.ahead.Queue(asGateway.sql)
 	}
 	return schema.ExecWrites(ctx, f, writes)

@@ -18,14 +18,16 @@ import (
 
 // judge decides over changes whose rows are locked, and returns what is to be written.
 func (x *pushTx) judge(ctx context.Context, run []*pending) (works []pushWork, writes []schema.Write, err error) {
+	for _, c := range run {
+		if c.state, err = x.stateOf(c); err != nil {
+			return nil, nil, err
+		}
+	}
 	if err := x.consult(ctx, run); err != nil {
 		return nil, nil, err
 	}
 	for _, c := range run {
-		s, err := x.situation(c)
-		if err != nil {
-			return nil, nil, err
-		}
+		s := x.situation(c)
 		d := c.plan.c.Decide(s)
 		if d.Action == policies.DoResolve {
 			x.asked = c
@@ -86,16 +88,15 @@ var rejections = map[string]string{
 }
 
 // consult asks the log about rows that are gone and about parent versions. The log must have passed everything that the
-// locks were taken after: a commit that it doesn't hold yet counts too.
+// locks were taken after: a commit that it doesn't hold yet counts too. Whether it is asked, which takes time and fails where
+// it is late, doesn't depend on rows that the caller may not see.
 func (x *pushTx) consult(ctx context.Context, run []*pending) error {
 	var asks []changelog.DocumentAsk
 	var of []*pending
 	for _, c := range run {
 		found, looked := x.found[c]
-		if !looked || c.operation == "insert" || c.operation == "delete" && found.Row == nil {
-			continue
-		}
-		if found.Row != nil && (!c.hasParent || c.hasBase) {
+		there := c.state == policies.RowLive || c.state == policies.RowSoft
+		if !looked || c.operation == "insert" || c.operation == "delete" && !there || there && (!c.hasParent || c.hasBase) {
 			continue
 		}
 		st := stateOf(&x.head, c.collection)
@@ -144,25 +145,26 @@ func (x *pushTx) documents(ctx context.Context, asks []changelog.DocumentAsk) ([
 }
 
 // situation is what the change meets.
-func (x *pushTx) situation(c *pending) (policies.Situation, error) {
+func (x *pushTx) situation(c *pending) policies.Situation {
 	found := x.found[c]
-	s := policies.Situation{Op: policies.Operation(c.operation), Data: names(c.values), Equal: found.DataEquals, State: policies.RowNever}
+	s := policies.Situation{Op: policies.Operation(c.operation), Data: names(c.values), State: c.state}
 	known, consulted := x.known[c]
-	if found.Row == nil {
+	switch reads := c.plan.c.MayRead(x.caller); {
+	case c.state == policies.RowNever:
 		if mine := x.mine(c); consulted && known.LatestOp == byte(policies.Delete) && !c.plan.c.HasGuard() && slices.ContainsFunc(known.Scopes, mine) {
 			s.State = policies.RowGone
 			s.Image = known.Image != nil && slices.ContainsFunc(known.ImageScopes, mine)
 		}
-		return s, nil
+		return s
+	case c.state != policies.RowLive || s.Op == policies.PushInsert: // an insert onto a row fails whatever has changed
+		return s
+	case !reads && (c.hasBase || c.hasParent): // whether a guess is right is not for who may not read
+		s.AllChanged = true
+		return s
+	case reads:
+		s.Equal = slices.DeleteFunc(slices.Clone(found.DataEquals), func(name string) bool { return !c.plan.c.Shown(name) })
 	}
-	b, err := c.plan.binding()
-	if err != nil {
-		return s, err
-	}
-	defer c.plan.release(b)
-	s.State = x.stateOf(b, found.Row)
 	switch {
-	case s.State != policies.RowLive || s.Op == policies.PushInsert: // an insert onto a row fails whatever has changed
 	case c.hasBase:
 		s.Changed = found.BaseDiffers
 	case c.hasParent && c.since:
@@ -173,7 +175,7 @@ func (x *pushTx) situation(c *pending) (policies.Situation, error) {
 	case c.hasParent:
 		s.AllChanged = true
 	}
-	return s, nil
+	return s
 }
 
 // mine says whether a scope is one of those that the caller may read.
@@ -182,17 +184,31 @@ func (x *pushTx) mine(c *pending) func([16]byte) bool {
 	return func(scope [16]byte) bool { return slices.Contains(scopes, scope) }
 }
 
-// stateOf says what a row that is there is to the caller.
-func (x *pushTx) stateOf(b *policies.Binding, row schema.Row) policies.RowState {
-	switch {
-	case !b.InScope(row, x.caller):
-		return policies.RowForeign
-	case !b.Live(row):
-		return policies.RowSoft
-	case x.visible(b, row), !b.Collection.MayRead(x.caller) && b.Collection.Spec.Where == "": // who may write only is bound by scopes only
-		return policies.RowLive
+// stateOf says what the locked row is to the caller. Of one that isn't there the log may know more.
+func (x *pushTx) stateOf(c *pending) (policies.RowState, error) {
+	row := x.found[c].Row
+	if row == nil {
+		return policies.RowNever, nil
 	}
-	return policies.RowForeign
+	b, err := c.plan.binding()
+	if err != nil {
+		return policies.RowNever, err
+	}
+	defer c.plan.release(b)
+	if !b.InScope(row, x.caller) || !c.plan.c.MayRead(x.caller) && c.plan.c.Spec.Where != "" { // who may write only is bound by scopes only
+		return policies.RowForeign, nil
+	}
+	passes, err := b.Passes(row, x.caller)
+	if err != nil {
+		x.g.policyFailed(c.collection, err)
+	}
+	switch {
+	case !passes: // also where it is marked as deleted: who never saw it must not bring it back
+		return policies.RowForeign, nil
+	case !b.Live(row):
+		return policies.RowSoft, nil
+	}
+	return policies.RowLive, nil
 }
 
 // changedColumns names the columns of a bit set by attnum - 1.
@@ -227,9 +243,15 @@ func (x *pushTx) callResolver(ctx context.Context, c *pending, s policies.Situat
 		base = string(object(c.believed))
 	}
 	schemaName, function, _ := strings.Cut(c.plan.c.Spec.ConflictFunction, ".")
+	f := framed{x.conn, []pushStatement{x.asUser()}, []pushStatement{asGateway}}
+	if x.blame {
+		f.after = []pushStatement{checkConstraints, asGateway}
+	} else {
+		x.unchecked = true // it may have written: its deferred triggers must not run as the gateway, at the commit
+	}
 	b := &pgx.Batch{}
 	b.Queue(`SELECT `+pgx.Identifier{schemaName, function}.Sanitize()+`($1::text::pg_catalog.jsonb, $2::text::pg_catalog.jsonb, $3::text::pg_catalog.jsonb)::pg_catalog.text`, string(current), incoming, base)
-	results := framed{x.conn, []pushStatement{x.asUser()}, []pushStatement{asGateway}}.SendBatch(ctx, b)
+	results := f.SendBatch(ctx, b)
 	var answer []byte
 	err = results.QueryRow().Scan(&answer)
 	if e := results.Close(); err == nil {

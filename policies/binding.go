@@ -346,8 +346,13 @@ func (b *Binding) Sees(row schema.Row, c *Caller) (bool, error) {
 	if !b.Live(row) {
 		return false, nil
 	}
-	if b.eval == nil {
-		return true, nil
+	return b.Passes(row, c)
+}
+
+// Passes says whether where lets the caller see the row, be it marked as deleted or not. With an error it doesn't.
+func (b *Binding) Passes(row schema.Row, c *Caller) (bool, error) {
+	if err := b.check(row); err != nil || b.eval == nil {
+		return err == nil, err
 	}
 	return b.passes(row, c.claims)
 }
