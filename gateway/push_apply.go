@@ -376,6 +376,8 @@ func (x *pushTx) write(ctx context.Context, writes []schema.Write) ([]schema.Row
 		f.before, f.after = append(f.before, deferConstraints), []pushStatement{checkConstraints, asGateway}
 	case x.careful:
 		f.before, f.after, x.unchecked = append(f.before, deferConstraints), []pushStatement{asGateway}, true
+	case x.g.o.PushRole != "": // statements are prepared before those of their batch run, and that role may not name our tables
+		f.after = []pushStatement{checkConstraints, asGateway}
 	default: // often nothing follows but the commit
 		f.after, x.ahead = []pushStatement{checkConstraints}, &pgx.Batch{}
 		x.ahead.Queue(asGateway.sql)

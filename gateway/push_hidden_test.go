@@ -206,3 +206,26 @@ func TestPushDeferredTriggers(t *testing.T) {
 		}
 	}
 }
+
+// TestPushRoleBesideParents refers to a collection that the role which writes has nothing to do with.
+func TestPushRoleBesideParents(t *testing.T) {
+	t.Parallel()
+	var role string
+	e := newPushEnv(t, setup{
+		before: `CREATE SCHEMA beside; CREATE TABLE beside.kinds (id int PRIMARY KEY); INSERT INTO beside.kinds VALUES (1);
+			CREATE TABLE items (id int PRIMARY KEY, kind int REFERENCES beside.kinds);
+			DO $$ BEGIN EXECUTE format('CREATE ROLE %I NOLOGIN; GRANT SELECT, INSERT, UPDATE, DELETE ON items TO %1$I', 'aside_' || current_database()); END $$;`,
+		specs: map[string]policies.Spec{"kinds": {Table: "beside.kinds"}, "items": {Table: "public.items", Write: &policies.WriteSpec{}}},
+		options: func(o *Options) {
+			ok(t, o.Source.QueryRow(context.Background(), `SELECT 'aside_' || current_database()`).Scan(&role))
+			o.PushRole = role
+		},
+	})
+	t.Cleanup(func() {
+		name := pgx.Identifier{role}.Sanitize()
+		if _, err := e.db.Exec(context.Background(), `DROP OWNED BY `+name+`; DROP ROLE `+name); err != nil {
+			t.Error(err)
+		}
+	})
+	e.submit(t, tokenFor(t, "ana", nil), "", `{"collection":"items","operation":"insert","doc_id":"1","change_id":"1","data":{"kind":1}}`).want(t, "accepted 1")
+}
