@@ -16,6 +16,7 @@ const (
 	pushAdmission = 10 * time.Second // how long a push waits for its turn
 	pushesWaiting = 1000             // pushes that wait for their turn, at most
 	bodiesMemory  = 8                // bodies of the largest size that may be held at a time
+	rowsMemory    = 8                // times the largest body that the rows which one push is about may take
 )
 
 // push is one request on its way into the source.

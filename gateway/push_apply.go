@@ -227,10 +227,11 @@ func (x *pushTx) lockMissed(ctx context.Context, changes []*pending, asks []sche
 // suspect decides what becomes of the transaction after an error of a statement on rows.
 func (x *pushTx) suspect(err error) error {
 	var batch *schema.BatchError
+	var problem *Problem
 	switch f := schema.Classify(err); {
 	case f.Again:
 		return fmt.Errorf("%w: %w", errAgain, err)
-	case f.Busy, !errors.As(err, &batch), x.careful, x.conn.IsClosed():
+	case f.Busy, errors.As(err, &problem), !errors.As(err, &batch), x.careful, x.conn.IsClosed():
 		return err
 	}
 	return fmt.Errorf("%w: %w", errCareful, err)

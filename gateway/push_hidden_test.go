@@ -229,3 +229,25 @@ func TestPushRoleBesideParents(t *testing.T) {
 	})
 	e.submit(t, tokenFor(t, "ana", nil), "", `{"collection":"items","operation":"insert","doc_id":"1","change_id":"1","data":{"kind":1}}`).want(t, "accepted 1")
 }
+
+// TestPushLongRows names more long rows than one push may make the gateway hold: it is refused whole, in fewer it is done.
+func TestPushLongRows(t *testing.T) {
+	t.Parallel()
+	e := newPushEnv(t, setup{before: `INSERT INTO boards SELECT i, 'ana', repeat('x', 5000), '', 0 FROM generate_series(1, 5) i;`,
+		options: func(o *Options) { o.PushBody = 2 << 10 }})
+	ana := tokenFor(t, "ana", nil)
+	var changes []string
+	for i := range 5 {
+		changes = append(changes, fmt.Sprintf(`{"collection":"boards","operation":"update","doc_id":"%d","data":{"n":1}}`, i+1))
+	}
+	for _, mode := range []string{"", `,"atomic":false`} {
+		a := e.post(t, "/sync/push", ana, strings.NewReader(fmt.Sprintf(`{"client_id":"phone"%s,"changes":[%s]}`, mode, strings.Join(changes, ","))))
+		a.problem(t, RequestTooLarge)
+	}
+	if got := e.one(t, `SELECT sum(n)::text FROM boards`); got != "0" {
+		t.Errorf("%s rows were written", got)
+	}
+	e.submit(t, ana, "", changes[:3]...).want(t, "accepted 1, accepted 2, accepted 3")
+	e.exec(t, `UPDATE boards SET a = repeat('x', 50000) WHERE id = 4`)
+	e.submit(t, ana, "", changes[3]).want(t, "accepted 4") // one alone is never too long
+}

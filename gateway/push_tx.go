@@ -43,6 +43,8 @@ type pushTx struct {
 	found     map[*pending]schema.Found
 	ahead     *pgx.Batch // of whatever the gateway asks next: it has yet to be sent
 	begun     bool
+	held      int        // bytes of rows that were read
+	longest   int        // of them, the longest row
 	wrote     bool       // with care: by the present change
 	unchecked bool       // constraints that wait for the end of the transaction haven't been checked since the last write
 	written   []pushWork // whose parents are to be looked at in the end
@@ -211,6 +213,14 @@ func (x *pushTx) sendOpening(ctx context.Context, b *pgx.Batch) error {
 
 // Query asks as the gateway, and sends what has to come before in the same round trip.
 func (x *pushTx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	rows, err := x.query(ctx, sql, args)
+	if err != nil {
+		return nil, err
+	}
+	return &heldRows{Rows: rows, x: x}, nil
+}
+
+func (x *pushTx) query(ctx context.Context, sql string, args []any) (pgx.Rows, error) {
 	b := x.ahead
 	if b == nil {
 		return x.conn.Query(ctx, sql, args...)
@@ -234,6 +244,39 @@ func (x *pushTx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, 
 		return nil, err
 	}
 	return &lastRows{rows, results}, nil
+}
+
+// heldRows bounds the memory that the rows of one push take: a short change may name a long row.
+type heldRows struct {
+	pgx.Rows
+	x   *pushTx
+	err error
+}
+
+// Next counts the row.
+func (r *heldRows) Next() bool {
+	if r.err != nil || !r.Rows.Next() {
+		return false
+	}
+	size := 0
+	for _, v := range r.RawValues() {
+		size += len(v)
+	}
+	r.x.held, r.x.longest = r.x.held+size, max(r.x.longest, size)
+	if most := rowsMemory * r.x.g.o.PushBody; r.x.held-r.x.longest > most { // one long row can always be pushed to
+		r.err = NewProblem(RequestTooLarge, "the rows that the push is about hold more than %d bytes (%d times limits.push_body): send fewer changes at once", most, rowsMemory)
+		r.Close()
+		return false
+	}
+	return true
+}
+
+// Err is the reason for which no row follows.
+func (r *heldRows) Err() error {
+	if r.err != nil {
+		return r.err
+	}
+	return r.Rows.Err()
 }
 
 // lastRows are the rows of a batch's last statement.
