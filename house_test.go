@@ -16,7 +16,7 @@ const modulePath = "github.com/walgate/walgate"
 // fences says which of our packages each package may import, and which libraries only it may.
 var fences = map[string]struct{ ours, libraries []string }{
 	".":                  {ours: []string{"changelog", "gateway", "internal/pgserver", "policies", "replication", "schema"}},
-	"gateway":            {ours: []string{"changelog", "policies", "schema"}, libraries: []string{"github.com/gofiber/", "github.com/fasthttp/", "github.com/golang-jwt/", "github.com/MicahParks/"}},
+	"gateway":            {ours: []string{"changelog", "internal/failpoint", "policies", "schema"}, libraries: []string{"github.com/gofiber/", "github.com/fasthttp/", "github.com/golang-jwt/", "github.com/MicahParks/"}},
 	"replication":        {ours: []string{"changelog", "internal/failpoint", "policies", "schema"}, libraries: []string{"github.com/jackc/pglogrepl"}},
 	"changelog":          {ours: []string{"internal/failpoint", "internal/migrate"}},
 	"policies":           {ours: []string{"schema"}, libraries: []string{"github.com/google/cel-go"}},

@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/internal/failpoint"
 	"github.com/walgate/walgate/policies"
 	"github.com/walgate/walgate/schema"
 )
@@ -148,6 +149,7 @@ func (x *pushTx) attempt(ctx context.Context) (*pushEcho, error) {
 	if err := x.open(ctx); err != nil {
 		return nil, err
 	}
+	failpoint.Here(failpoint.PushOpened)
 	if err := x.recall(ctx); err != nil {
 		return nil, err
 	}
@@ -429,7 +431,9 @@ func (x *pushTx) commit(ctx context.Context) error {
 		b = &pgx.Batch{}
 	}
 	b.Queue(`COMMIT`)
+	failpoint.Here(failpoint.PushWritten)
 	results := x.conn.SendBatch(ctx, b)
+	failpoint.Here(failpoint.PushSent)
 	var tag pgconn.CommandTag
 	var err error
 	for range b.QueuedQueries {
@@ -438,6 +442,7 @@ func (x *pushTx) commit(ctx context.Context) error {
 		}
 	}
 	if err == nil && strings.HasPrefix(tag.String(), "COMMIT") {
+		failpoint.Here(failpoint.PushCommitted)
 		_ = results.Close() // whatever becomes of the connection now
 		return nil
 	}

@@ -8,7 +8,7 @@ const Env = "WALGATE_FAILPOINT"
 // Point is a step of the path.
 type Point int
 
-// The steps, in the order in which a first start and then a change pass them.
+// The steps, in the order in which a first start and then a change pass them, and those of a push.
 const (
 	TableJoins    Point = iota // a table is about to join the publication
 	SlotMissing                // the slot is about to be made
@@ -27,6 +27,10 @@ const (
 	Announced                  // the bus has the batch
 	Acknowledging              // the status is about to be sent
 	Acknowledged               // the status was sent
+	PushOpened                 // a push's transaction has begun, with its mark
+	PushWritten                // its rows are written, nothing is committed
+	PushSent                   // what is to be remembered and COMMIT are sent, the answer is not read
+	PushCommitted              // it is durable, its client knows nothing
 )
 
 var names = [...]string{
@@ -35,6 +39,7 @@ var names = [...]string{
 	Received: "received", Decoded: "decoded", HandedOver: "handed-over", Appended: "appended",
 	Committing: "committing", CommitSent: "commit-sent", Committed: "committed", Announced: "announced",
 	Acknowledging: "acknowledging", Acknowledged: "acknowledged",
+	PushOpened: "push-opened", PushWritten: "push-written", PushSent: "push-sent", PushCommitted: "push-committed",
 }
 
 // String returns the name that Env takes.
