@@ -251,3 +251,21 @@ func TestPushLongRows(t *testing.T) {
 	e.exec(t, `UPDATE boards SET a = repeat('x', 50000) WHERE id = 4`)
 	e.submit(t, ana, "", changes[3]).want(t, "accepted 4") // one alone is never too long
 }
+
+// TestPushLeavesSettings lets a trigger change the session's settings, as triggers shouldn't: nobody else's rows are read so.
+func TestPushLeavesSettings(t *testing.T) {
+	t.Parallel()
+	e := newPushEnv(t, setup{before: `CREATE TABLE moments (id int PRIMARY KEY, at timestamptz); INSERT INTO moments VALUES (1, '2026-05-02 15:00+00');
+		CREATE FUNCTION home() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN SET TIME ZONE 'Asia/Tokyo'; RETURN NEW; END $$;
+		CREATE TRIGGER home BEFORE INSERT ON moments FOR EACH ROW EXECUTE FUNCTION home();`,
+		specs: map[string]policies.Spec{"moments": {Table: "public.moments", Write: &policies.WriteSpec{}}}})
+	e.submit(t, tokenFor(t, "ana", nil), "", `{"collection":"moments","operation":"insert","doc_id":"2","data":{}}`).want(t, "accepted 2")
+	for _, c := range e.g.o.Source.AcquireAllIdle(t.Context()) {
+		var zone string
+		err := c.QueryRow(t.Context(), `SELECT current_setting('TimeZone')`).Scan(&zone)
+		c.Release()
+		if err != nil || zone != "UTC" {
+			t.Errorf("a connection of the pool is left in %s (%v)", zone, err)
+		}
+	}
+}

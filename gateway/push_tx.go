@@ -79,7 +79,13 @@ func (p *push) run(ctx context.Context) (*pushEcho, error) {
 	if err != nil {
 		return nil, (&Problem{Code: SourceUnavailable}).Because(err)
 	}
-	defer conn.Release()
+	defer func() {
+		if setting := schema.Altered(conn.Conn()); setting != "" && !conn.Conn().IsClosed() {
+			p.g.o.Logger.Warn("a trigger or function of the application changed a setting for the whole session, so its connection is closed: let it use SET LOCAL, or a SET clause", "setting", setting)
+			conn.Conn().Close(context.WithoutCancel(ctx))
+		}
+		conn.Release()
+	}()
 	careful, blame := false, false
 	for attempt := 1; ; attempt++ {
 		x := &pushTx{push: p, conn: conn.Conn(), careful: careful, blame: blame, found: map[*pending]schema.Found{}}

@@ -71,6 +71,17 @@ func ApplicationPath(c *pgx.Conn) string {
 	return path
 }
 
+// Altered names a setting that the application's triggers or functions have changed for the whole session of a connection of
+// OpenPool, as far as the server reports it; empty: none. Such a connection would write values in another form.
+func Altered(c *pgx.Conn) string {
+	for _, s := range SessionSettings {
+		if now := c.PgConn().ParameterStatus(s.Name); now != "" && now != s.Value && s.Name != "client_encoding" {
+			return s.Name
+		}
+	}
+	return ""
+}
+
 // durable makes a session's commits wait for the disk at least; stronger settings stay.
 func durable(ctx context.Context, c *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
