@@ -252,20 +252,31 @@ func TestPushLongRows(t *testing.T) {
 	e.submit(t, ana, "", changes[3]).want(t, "accepted 4") // one alone is never too long
 }
 
-// TestPushLeavesSettings lets a trigger change the session's settings, as triggers shouldn't: nobody else's rows are read so.
+// TestPushLeavesSettings lets a trigger change the session's settings, as triggers shouldn't: nobody else's rows are read so,
+// and neither this commit nor another's is less durable.
 func TestPushLeavesSettings(t *testing.T) {
 	t.Parallel()
-	e := newPushEnv(t, setup{before: `CREATE TABLE moments (id int PRIMARY KEY, at timestamptz); INSERT INTO moments VALUES (1, '2026-05-02 15:00+00');
-		CREATE FUNCTION home() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN SET TIME ZONE 'Asia/Tokyo'; RETURN NEW; END $$;
-		CREATE TRIGGER home BEFORE INSERT ON moments FOR EACH ROW EXECUTE FUNCTION home();`,
-		specs: map[string]policies.Spec{"moments": {Table: "public.moments", Write: &policies.WriteSpec{}}}})
-	e.submit(t, tokenFor(t, "ana", nil), "", `{"collection":"moments","operation":"insert","doc_id":"2","data":{}}`).want(t, "accepted 2")
-	for _, c := range e.g.o.Source.AcquireAllIdle(t.Context()) {
-		var zone string
-		err := c.QueryRow(t.Context(), `SELECT current_setting('TimeZone')`).Scan(&zone)
-		c.Release()
-		if err != nil || zone != "UTC" {
-			t.Errorf("a connection of the pool is left in %s (%v)", zone, err)
-		}
+	for _, set := range []string{"SET TIME ZONE ''Asia/Tokyo''", "SET synchronous_commit = off", "SET search_path = public", "SET row_security = on", "SET LOCAL synchronous_commit = off"} {
+		t.Run(set, func(t *testing.T) {
+			t.Parallel()
+			e := newPushEnv(t, setup{before: `CREATE TABLE moments (id int PRIMARY KEY, at timestamptz); INSERT INTO moments VALUES (1, '2026-05-02 15:00+00'); CREATE TABLE commits (durable text);
+				CREATE FUNCTION home() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN EXECUTE '` + set + `'; RETURN NEW; END $$;
+				CREATE TRIGGER home BEFORE INSERT ON moments FOR EACH ROW EXECUTE FUNCTION home();
+				CREATE FUNCTION told() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO public.commits VALUES (current_setting('synchronous_commit')); RETURN NEW; END $$;`,
+				specs: map[string]policies.Spec{"moments": {Table: "public.moments", Write: &policies.WriteSpec{}}}})
+			e.exec(t, `CREATE CONSTRAINT TRIGGER told AFTER INSERT ON walgate.outcomes DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION public.told()`)
+			e.submit(t, tokenFor(t, "ana", nil), "", `{"change_id":"1","collection":"moments","operation":"insert","doc_id":"2","data":{}}`).want(t, "accepted 2")
+			if got := e.one(t, `SELECT string_agg(durable, ' ') FROM commits`); got != "on" {
+				t.Errorf("the commit went by synchronous_commit = %s", got)
+			}
+			for _, c := range e.g.o.Source.AcquireAllIdle(t.Context()) {
+				var now string
+				err := c.QueryRow(t.Context(), `SELECT concat_ws(' ', current_setting('TimeZone'), current_setting('synchronous_commit'), current_setting('search_path'), current_setting('row_security'))`).Scan(&now)
+				c.Release()
+				if err != nil || now != "UTC on pg_catalog off" {
+					t.Errorf("a connection of the pool is left with %s (%v)", now, err)
+				}
+			}
+		})
 	}
 }

@@ -6,11 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
-	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/walgate/walgate/changelog"
@@ -79,13 +77,7 @@ func (p *push) run(ctx context.Context) (*pushEcho, error) {
 	if err != nil {
 		return nil, (&Problem{Code: SourceUnavailable}).Because(err)
 	}
-	defer func() {
-		if setting := schema.Altered(conn.Conn()); setting != "" && !conn.Conn().IsClosed() {
-			p.g.o.Logger.Warn("a trigger or function of the application changed a setting for the whole session, so its connection is closed: let it use SET LOCAL, or a SET clause", "setting", setting)
-			conn.Conn().Close(context.WithoutCancel(ctx))
-		}
-		conn.Release()
-	}()
+	defer conn.Release()
 	careful, blame := false, false
 	for attempt := 1; ; attempt++ {
 		x := &pushTx{push: p, conn: conn.Conn(), careful: careful, blame: blame, found: map[*pending]schema.Found{}}
@@ -321,7 +313,12 @@ func (x *pushTx) asUser() pushStatement {
 }
 
 var (
-	asGateway = pushStatement{`SELECT pg_catalog.set_config('role', 'none', true), pg_catalog.set_config('row_security', 'off', true), pg_catalog.set_config('search_path', 'pg_catalog', true)`, nil}
+	// A trigger may have lowered synchronous_commit, which COMMIT would go by: an acknowledged push is on the disk.
+	asGateway = pushStatement{`SELECT pg_catalog.set_config('role', 'none', true), pg_catalog.set_config('row_security', 'off', true), pg_catalog.set_config('search_path', 'pg_catalog', true),
+		CASE WHEN pg_catalog.current_setting('synchronous_commit') IN ('off', 'local') THEN pg_catalog.set_config('synchronous_commit', 'on', true) END`, nil}
+	// What a transaction has left behind in the session, which serves others next.
+	leftovers = pushStatement{`SELECT CASE WHEN pg_catalog.current_setting('synchronous_commit') IN ('off', 'local') THEN 'synchronous_commit' WHEN pg_catalog.current_setting('search_path') <> 'pg_catalog' THEN 'search_path'
+		WHEN pg_catalog.current_setting('role') <> 'none' THEN 'role' WHEN pg_catalog.current_setting('row_security') <> 'off' THEN 'row_security' ELSE '' END`, nil}
 	// Both run as the application's user: deferred triggers run with the second.
 	deferConstraints = pushStatement{`SET CONSTRAINTS ALL DEFERRED`, nil}
 	checkConstraints = pushStatement{`SET CONSTRAINTS ALL IMMEDIATE`, nil}
@@ -365,106 +362,4 @@ func (x *pushTx) do(ctx context.Context, statements ...pushStatement) error {
 		b.Queue(s.sql, s.args...)
 	}
 	return x.conn.SendBatch(ctx, b).Close()
-}
-
-// close commits, unless nothing came of the push but rejections.
-func (x *pushTx) close(ctx context.Context) (*pushEcho, error) {
-	rejected := x.anyRejected()
-	if x.r.atomic && rejected {
-		x.written, x.rows = nil, nil
-		for i := range x.changes {
-			if c := &x.changes[i]; c.result.status != policies.Rejected && !c.result.duplicate {
-				c.fail(codeBatchRejected, "another change of the batch was rejected, so nothing of it was written")
-			}
-		}
-	}
-	if err := x.examineParents(ctx, x.written, x.rows, func(p *pushParent) bool { return p.fk.Deferrable }); err != nil {
-		return nil, err
-	}
-	for i := range x.written {
-		if x.written[i].c.result.status == policies.Rejected {
-			return nil, errBlame
-		}
-	}
-	x.versions(ctx)
-	commits := false
-	for i := range x.changes {
-		r := &x.changes[i].result
-		commits = commits || r.status != policies.Rejected && !r.duplicate
-	}
-	if !commits {
-		if x.begun {
-			if _, err := x.conn.Exec(ctx, `ROLLBACK`); err != nil {
-				return nil, err
-			}
-		}
-		x.finish()
-		return x.echoOfDuplicates(nil), nil
-	}
-	if x.unchecked {
-		err := x.do(ctx, x.asUser(), checkConstraints, asGateway)
-		var pg *pgconn.PgError
-		switch f := schema.Classify(err); {
-		case err == nil:
-		case errors.As(err, &pg) && !f.Again && !f.Busy && !x.blame:
-			return nil, fmt.Errorf("%w: %w", errBlame, err)
-		default:
-			return nil, x.transient(err)
-		}
-	}
-	done, forget := x.g.hub.awaitPush(x.id)
-	echo := x.echoOfDuplicates(&awaitedPush{id: x.id, done: done, forget: forget})
-	if err := x.commit(ctx); err != nil {
-		echo.end()
-		return nil, err
-	}
-	x.push.id, x.push.txid = x.id, x.txid
-	x.finish()
-	return echo, nil
-}
-
-// commit writes down what has to be remembered and commits, in one round trip.
-func (x *pushTx) commit(ctx context.Context) error {
-	b := &pgx.Batch{}
-	if x.ahead != nil {
-		b = x.ahead
-	}
-	n := b.Len()
-	if err := x.remember(b); err != nil {
-		return err
-	}
-	if b.Len() == n { // nothing that only the gateway may do
-		b = &pgx.Batch{}
-	}
-	b.Queue(`COMMIT`)
-	failpoint.Here(failpoint.PushWritten)
-	results := x.conn.SendBatch(ctx, b)
-	failpoint.Here(failpoint.PushSent)
-	var tag pgconn.CommandTag
-	var err error
-	for range b.QueuedQueries {
-		if tag, err = results.Exec(); err != nil {
-			break
-		}
-	}
-	if err == nil && strings.HasPrefix(tag.String(), "COMMIT") {
-		failpoint.Here(failpoint.PushCommitted)
-		_ = results.Close() // whatever becomes of the connection now
-		return nil
-	}
-	if e := results.Close(); err == nil {
-		err = e
-	}
-	var pg *pgconn.PgError
-	switch {
-	case errors.As(err, &pg) && pg.Severity != "FATAL" && pg.Severity != "PANIC": // the server says that nothing was committed
-		if f := schema.Classify(err); !f.Again && !f.Busy && !x.careful {
-			return fmt.Errorf("%w: %w", errCareful, err) // a constraint that was deferred to the end
-		}
-		return x.transient(fmt.Errorf("commit a push: %w", err))
-	case err != nil:
-		return (&Problem{Code: SourceUnavailable, RetryAfter: pushRetryAfter(),
-			Detail: "the database did not say whether the push was committed: repeat it with the same change_ids, and what was done is not done again"}).Because(err)
-	}
-	return fmt.Errorf("commit a push: the server answered %s", tag)
 }
