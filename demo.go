@@ -267,6 +267,9 @@ func (d *demo) run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case base := <-ready:
+			if err := demoReady(ctx, base); err != nil {
+				return err
+			}
 			group.Go(func() error { return demoWriter(ctx, d.database, d.rate) })
 			group.Go(func() error { return d.tabletReturns(ctx, base) })
 			return d.watch(ctx, base)
@@ -330,7 +333,7 @@ Ana's changes as they happen, over a WebSocket; either of:
 
 Push an edit as Ana's phone would; repeated with the same change_id it is done once:
 
-  curl -s -H "Authorization: Bearer $ANA" -H 'Content-Type: application/json' '{BASE}/sync/push' -d '{"client_id":"anas-phone","changes":[{"change_id":"1","collection":"todos","operation":"insert","data":{"list_id":"{LIST}","title":"Pushed with curl"}}]}'
+  curl -s -H "Authorization: Bearer $ANA" -H 'Content-Type: application/json' '{BASE}/sync/push' -d '{"client_id":"anas-phone","changes":[{"change_id":"1","collection":"todos","operation":"insert","local_id":"note-1","data":{"list_id":"{LIST}","title":"Pushed with curl"}}]}'
 
 Write as any application would, and see it arrive below:
 

@@ -17,6 +17,7 @@ import (
 const (
 	demoCollections = "teams,lists,todos,comments"
 	demoRetry       = time.Second
+	demoPoll        = 50 * time.Millisecond
 	demoAnswerLimit = 30 * time.Second // Of one answer's header, and of a WebSocket's handshake.
 )
 
@@ -82,6 +83,28 @@ func (d *demo) watchOnce(ctx context.Context, base string, since *string) error 
 		fmt.Fprintf(d.out, "Ana starts with %d documents.\n", count)
 	}
 	return d.follow(ctx, base, token, since)
+}
+
+// demoReady waits until the gateway serves: it listens a moment before its log is open. That ctx ended is no error.
+func demoReady(ctx context.Context, base string) error {
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: demoAnswerLimit}
+	for {
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, base+"/readyz", nil)
+		if err != nil {
+			return err
+		}
+		if response, err := client.Do(request); err == nil {
+			response.Body.Close()
+			if response.StatusCode == http.StatusOK {
+				return nil
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(demoPoll):
+		}
+	}
 }
 
 // demoFull asks for everything and returns the position from which the changes continue it, and the number of documents.

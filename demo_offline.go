@@ -106,7 +106,7 @@ func (d *demo) offline(ctx context.Context, base string) error {
 	if err != nil {
 		return err
 	}
-	d.tell("It pulls until it has passed %s, and finds its own edits %d times in the feed.\n", answer.VisibleAt, own)
+	d.tell("It pulls until it has passed %s: the feed has its edits, in %d rows marked as its own.\n", answer.VisibleAt, own)
 	return nil
 }
 

@@ -195,6 +195,7 @@ func standInGateway(ctx context.Context, _ string, ready chan<- string) error {
 	const version = "20260502T150000.000Z-0000-a1b2"
 	var streams atomic.Int32
 	mux := http.NewServeMux()
+	mux.HandleFunc("GET /readyz", func(http.ResponseWriter, *http.Request) {})
 	mux.HandleFunc("GET /sync/full", func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, `{"collection":"lists","doc_id":"1","data":{"name":"One"}}`+"\n"+
 			`{"end":true,"count":1,"last_seq":"%s-%d"}`+"\n", version, streams.Load())
@@ -271,24 +272,37 @@ func TestDemoShowsChangesAndCleansUp(t *testing.T) {
 // TestDemoTabletReturns: the demo with its own gateway, as a newcomer runs it.
 func TestDemoTabletReturns(t *testing.T) {
 	t.Parallel()
-	out := newTerminal("finds its own edits")
+	out := newTerminal("marked as its own")
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	done := make(chan error, 1)
 	go func() { done <- runDemo(ctx, demoOptions{out: out, serve: demoServing, token: demoSigning}) }()
 	select {
 	case <-out.reached:
-		cancel()
 	case err := <-done:
 		t.Fatalf("the demo ended before the tablet had returned: %v\n%s", err, out)
 	}
+	printed := regexp.MustCompile(`(?s)export ANA='([^']+)'.*'(http[^']+/sync/push)' -d '([^']+)'`).FindStringSubmatch(out.String())
+	if printed == nil {
+		t.Fatalf("the guide has no push:\n%s", out)
+	}
+	for _, want := range []string{"accepted", "duplicate"} {
+		var answer demoAnswer
+		if err := demoCall(ctx, http.MethodPost, printed[2], printed[1], []byte(printed[3]), &answer); err != nil || len(answer.Results) != 1 || answer.Results[0].Status != want {
+			t.Errorf("the printed push: %+v (%v), want %s", answer, err, want)
+		}
+	}
+	cancel()
 	if err := <-done; err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, want := range []string{"off          accepted", "conflict_resolved by merge: title stays", `hundred"        accepted`, "its own edits 2 times", "Choose thick paper (done)"} {
+	for _, want := range []string{"off          accepted", "conflict_resolved by merge: title stays", `hundred"        accepted`, "in 2 rows marked", "Choose thick paper (done)"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the terminal lacks %q:\n%s", want, out)
 		}
+	}
+	if strings.Contains(out.String(), "ERROR") || strings.Contains(out.String(), "connects again") {
+		t.Errorf("the terminal shows an error:\n%s", out)
 	}
 }
 
