@@ -79,3 +79,39 @@ func commitOnceWaitedFor(ctx context.Context, app, look *pgx.Conn) error {
 	_, err := app.Exec(ctx, `COMMIT`)
 	return err
 }
+
+// TestPushRowMadeWhileItWaits pushes to a row that was deleted, and that another transaction makes while the push waits for
+// the log: it is there.
+func TestPushRowMadeWhileItWaits(t *testing.T) {
+	t.Parallel()
+	g := startPushGateway(t, pgserver.ForTest(t).Database(t), racesSQL, "", racesCollections)
+	app, other := connect(t, g.dsn), connect(t, g.dsn)
+	resyncExec(t, app, `DELETE FROM papers WHERE id = 'a'`)
+	resyncLogged(t, app)
+	release := holdAppender(t, g.dsn)
+	made := make(chan error, 1)
+	go func() {
+		made <- func() error {
+			for waits := false; !waits; pause(t.Context(), 5*time.Millisecond) {
+				err := other.QueryRow(t.Context(), `SELECT EXISTS (SELECT FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE a.datname = current_database()
+					AND a.application_name = 'walgate' AND l.locktype = 'advisory' AND a.state = 'idle in transaction')
+					AND EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = 'walgate.checkpoint'::regclass)`).Scan(&waits)
+				if err != nil {
+					return err
+				}
+			}
+			_, err := app.Exec(t.Context(), `INSERT INTO papers VALUES ('a', 'ana', 'anew', 'anew')`)
+			release()
+			return err
+		}()
+	}()
+	got := g.one(t, pushChange{Collection: "papers", Operation: "update", DocID: "a", Data: map[string]any{"body": "mine"}})
+	if err := <-made; err != nil {
+		t.Fatal(err)
+	}
+	var title, body string
+	resyncScan(t, app, []any{&title, &body}, `SELECT title, body FROM papers WHERE id = 'a'`)
+	if got.Status != "accepted" || title != "anew" || body != "mine" {
+		t.Errorf("%s; the row is %s, %s: want accepted, anew, mine", got.raw, title, body)
+	}
+}

@@ -106,6 +106,14 @@ func (x *pushTx) consult(ctx context.Context, run []*pending) error {
 	if len(asks) == 0 {
 		return nil
 	}
+	if err := x.learn(ctx, of, asks); err != nil {
+		return err
+	}
+	return x.lockMade(ctx, of, asks)
+}
+
+// learn asks the log about documents.
+func (x *pushTx) learn(ctx context.Context, of []*pending, asks []changelog.DocumentAsk) error {
 	if err := x.passFence(ctx); err != nil {
 		return err
 	}
@@ -121,6 +129,28 @@ func (x *pushTx) consult(ctx context.Context, run []*pending) error {
 	}
 	x.logHead = head
 	return nil
+}
+
+// lockMade looks for rows that weren't there to be locked, and that the log knows meanwhile: others made them before the
+// fence. If there is none again, it was deleted again, or by this push; then the log says what it is by now.
+func (x *pushTx) lockMade(ctx context.Context, of []*pending, asks []changelog.DocumentAsk) error {
+	var made []*pending
+	for _, c := range of {
+		if x.found[c].Row == nil && x.known[c].LatestOp == byte(policies.Upsert) {
+			made = append(made, c)
+		}
+	}
+	if len(made) == 0 {
+		return nil
+	}
+	if err := x.lockRows(ctx, slices.Clone(made)); err != nil {
+		return err
+	}
+	if slices.ContainsFunc(made, func(c *pending) bool { return x.found[c].Row != nil }) {
+		return fmt.Errorf("%w: a row was made meanwhile", errAgain)
+	}
+	x.fenced = false
+	return x.learn(ctx, of, asks)
 }
 
 // passFence waits until the log holds everything that the locked rows show.
