@@ -16,6 +16,7 @@ import (
 type tenure struct {
 	leader *Leader
 	stream *stream
+	placed sync.Mutex // held while what was found is compared and put in the stream's order: two looks at a time would swap theirs
 	mu     sync.Mutex
 	ids    map[string]changelog.Collection // what the log has stored, by name
 	halted map[string]bool                 // collections that the stream has stopped at a Relation message
@@ -132,6 +133,8 @@ func (t *tenure) changed() {
 	o := t.leader.o
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
+	t.placed.Lock()
+	defer t.placed.Unlock()
 	raises, other := t.compare(o.Watcher.Current())
 	raises = append(raises, t.closeGaps(ctx)...)
 	if other != "" {
