@@ -250,8 +250,8 @@ func checkUpgrade(ctx context.Context, conn *pgx.Conn, p *parts, quoted string) 
 		faults = append(faults, policies.Fault{Path: "database.url", Got: "a role that may not create in schema walgate, which lacks " + strings.Join(pending, ", "), Want: "a role that may add walgate's newer tables",
 			Hint: "GRANT USAGE, CREATE ON SCHEMA walgate TO " + quoted + "; or let its owner run what walgate init --print-sql prints"})
 	}
-	if has.Events && !has.Pushes && owner != "" {
-		faults = append(faults, policies.Fault{Path: "replication.publication", Got: "publication " + p.publications.Events + " without walgate.pushes, which belongs to role " + owner, Want: "a publication that marks pushes",
+	if len(has.LacksEvents) > 0 && owner != "" {
+		faults = append(faults, policies.Fault{Path: "replication.publication", Got: "publication " + p.publications.Events + " without " + strings.Join(has.LacksEvents, " and ") + ", which belongs to role " + owner, Want: "a publication of pushes and uploads",
 			Hint: "let " + owner + " run what walgate init --print-sql prints"})
 	}
 	return faults, nil

@@ -14,8 +14,11 @@ import (
 // Publications names the two publications that walgate makes.
 type Publications struct {
 	Rows   string // the synced tables
-	Events string // walgate's own tables whose inserts mark events in the stream: walgate.pushes
+	Events string // walgate's own tables whose inserts mark events in the stream: eventTables
 }
+
+// eventTables are walgate's own tables whose inserts are published: marks of pushes, events of attachments.
+var eventTables = []string{"walgate.pushes", "walgate.attachments"}
 
 // PublicationsFor derives both names from the configured one.
 func PublicationsFor(name string) Publications {
@@ -53,10 +56,10 @@ func Plan(p Publications, cat *Catalog, has *Published, wanted []Synced) []Step 
 	switch {
 	case !has.Events:
 		steps = append(steps, Step{What: "create publication " + p.Events, Statements: []string{
-			fmt.Sprintf("CREATE PUBLICATION %s FOR TABLE ONLY walgate.pushes WITH (publish = 'insert')", ident(p.Events))}})
-	case !has.Pushes: // made by an older walgate
-		steps = append(steps, Step{What: "let walgate.pushes join publication " + p.Events, Statements: []string{
-			fmt.Sprintf("ALTER PUBLICATION %s ADD TABLE ONLY walgate.pushes", ident(p.Events))}})
+			fmt.Sprintf("CREATE PUBLICATION %s FOR TABLE ONLY %s WITH (publish = 'insert')", ident(p.Events), strings.Join(eventTables, ", ONLY "))}})
+	case len(has.LacksEvents) > 0: // made by an older walgate
+		steps = append(steps, Step{What: "let " + strings.Join(has.LacksEvents, " and ") + " join publication " + p.Events, Statements: []string{
+			fmt.Sprintf("ALTER PUBLICATION %s ADD TABLE ONLY %s", ident(p.Events), strings.Join(has.LacksEvents, ", ONLY "))}})
 	}
 	in := map[uint32]bool{}
 	for _, t := range has.Tables {
@@ -128,17 +131,23 @@ func joinStep(publication string, s Synced, published bool) Step {
 type Published struct {
 	Rows, Events bool     // whether the publications exist
 	Tables       []*Table // that the one of rows names
-	Pushes       bool     // the one of events has walgate.pushes
+	LacksEvents  []string // walgate's own tables that the one of events, if it exists, should have and hasn't
 }
 
 // ReadPublished reads what the publications hold.
 func ReadPublished(ctx context.Context, q Querier, p Publications) (*Published, error) {
 	has := &Published{}
-	err := each(ctx, q, `SELECT pubname = $1, pubname = $2 AND EXISTS (SELECT FROM pg_publication_rel WHERE prpubid = p.oid AND prrelid = to_regclass('walgate.pushes'))
-		FROM pg_publication p WHERE pubname IN ($1, $2)`, []any{p.Rows, p.Events}, func(r pgx.Rows) error {
-		var rows, pushes bool
-		err := r.Scan(&rows, &pushes)
-		has.Rows, has.Events, has.Pushes = has.Rows || rows, has.Events || !rows, has.Pushes || pushes
+	err := each(ctx, q, `SELECT pubname = $1, ARRAY(SELECT name FROM unnest($3::text[]) WITH ORDINALITY AS t(name, n) WHERE NOT EXISTS (
+			SELECT FROM pg_publication_rel WHERE prpubid = p.oid AND prrelid = to_regclass(name)) ORDER BY n)
+		FROM pg_publication p WHERE pubname IN ($1, $2)`, []any{p.Rows, p.Events, eventTables}, func(r pgx.Rows) error {
+		var rows bool
+		var lacks []string
+		err := r.Scan(&rows, &lacks)
+		if rows {
+			has.Rows = true
+		} else {
+			has.Events, has.LacksEvents = true, lacks
+		}
 		return err
 	})
 	if err != nil {

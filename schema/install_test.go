@@ -189,33 +189,51 @@ func pendingSQL(t *testing.T, conn *pgx.Conn) string {
 	return MigrationSQL(pending)
 }
 
-// TestInitUpgradesAnOlderInstallation: of a walgate that knew no pushes.
+// TestInitUpgradesAnOlderInstallation: of a walgate that knew no pushes, and of one that knew no attachments.
 func TestInitUpgradesAnOlderInstallation(t *testing.T) {
 	t.Parallel()
 	_, fresh := database(t, identityTables)
 	install(t, fresh, identityNames...)
 	want := footprint(t, fresh)
-	older := func() *pgx.Conn {
-		_, conn := database(t, identityTables)
-		mustExec(t, conn, MigrationSQL([]string{"001_source.sql"}), `CREATE PUBLICATION walgate_events WITH (publish = 'insert')`)
-		return conn
-	}
-	printed, migrated := older(), older()
-	text := pendingSQL(t, printed)
-	for _, s := range plan(t, printed, identityNames...) {
-		text += s.String()
-	}
-	if _, err := printed.PgConn().Exec(t.Context(), text).ReadAll(); err != nil {
-		t.Fatalf("%v in\n%s", err, text)
-	}
-	install(t, migrated, identityNames...)
-	for how, conn := range map[string]*pgx.Conn{"printed": printed, "init": migrated} {
-		if got := footprint(t, conn); got != want {
-			t.Errorf("%s gives\n%s\na fresh installation\n%s", how, got, want)
+	for name, older := range map[string][]string{
+		"no pushes":      {MigrationSQL([]string{"001_source.sql"}), `CREATE PUBLICATION walgate_events WITH (publish = 'insert')`},
+		"no attachments": {MigrationSQL([]string{"001_source.sql", "002_pushes.sql", "003_sessions.sql"}), `CREATE PUBLICATION walgate_events FOR TABLE ONLY walgate.pushes WITH (publish = 'insert')`},
+	} {
+		_, printed := database(t, identityTables)
+		_, migrated := database(t, identityTables)
+		mustExec(t, printed, older...)
+		mustExec(t, migrated, older...)
+		text := pendingSQL(t, printed)
+		for _, s := range plan(t, printed, identityNames...) {
+			text += s.String()
 		}
-		if pending, err := PendingMigrations(t.Context(), conn); err != nil || len(pending) > 0 {
-			t.Errorf("%s leaves %v to do (%v)", how, pending, err)
+		if _, err := printed.PgConn().Exec(t.Context(), text).ReadAll(); err != nil {
+			t.Fatalf("%s: %v in\n%s", name, err, text)
 		}
+		install(t, migrated, identityNames...)
+		for how, conn := range map[string]*pgx.Conn{"printed": printed, "init": migrated} {
+			if got := footprint(t, conn); got != want {
+				t.Errorf("%s: %s gives\n%s\na fresh installation\n%s", name, how, got, want)
+			}
+			if pending, err := PendingMigrations(t.Context(), conn); err != nil || len(pending) > 0 {
+				t.Errorf("%s: %s leaves %v to do (%v)", name, how, pending, err)
+			}
+		}
+	}
+}
+
+// TestSigningKeyIsMade: each installation has its own, long enough to sign with.
+func TestSigningKeyIsMade(t *testing.T) {
+	t.Parallel()
+	seen := map[string]bool{}
+	for range 2 {
+		_, conn := database(t)
+		install(t, conn)
+		var key []byte
+		if err := conn.QueryRow(t.Context(), `SELECT value FROM walgate.secrets WHERE name = 'signing_key'`).Scan(&key); err != nil || len(key) != 32 || seen[string(key)] {
+			t.Errorf("key of %d bytes, seen before: %v (%v)", len(key), seen[string(key)], err)
+		}
+		seen[string(key)] = true
 	}
 }
 

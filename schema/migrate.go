@@ -16,7 +16,7 @@ import (
 var migrationFiles embed.FS
 
 // OwnTables are the tables in the source's schema walgate that the gateway reads and writes.
-var OwnTables = []string{"local_ids", "outcomes", "pushes", "sessions", "source", "tables"}
+var OwnTables = []string{"attachments", "care", "files", "local_ids", "manifests", "outcomes", "pushes", "quotas", "secrets", "sessions", "source", "tables", "uploads"}
 
 func migrations() fs.FS {
 	sub, err := fs.Sub(migrationFiles, "migrations")
