@@ -26,6 +26,7 @@ type Binding struct {
 
 	text             []byte // scratch of scope keys
 	oldKeys, newKeys []ScopeKey
+	references       references
 }
 
 type documentColumn struct {
@@ -61,6 +62,9 @@ func (c *Collection) Bind(cols []schema.Column) (*Binding, error) {
 			at[i] = l.find(c.filter.columns[i].table)
 		}
 		b.eval = newEvaluation(c.filter, at)
+	}
+	for i := range c.attachments {
+		b.references.at = append(b.references.at, l.find(c.attachments[i].table))
 	}
 	if len(l.missing) > 0 {
 		slices.Sort(l.missing)

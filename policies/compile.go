@@ -132,6 +132,7 @@ func (k *compiler) compile(tables func(schema_, name string) *schema.Table, all 
 	k.compileScope()
 	k.compileWhere()
 	k.compileWrite()
+	k.compileAttachments()
 	k.checkIdentity()
 	k.c.Fingerprint = fingerprint(k.c)
 }
@@ -265,7 +266,7 @@ func (k *compiler) checkIdentity() {
 	check := func(i int, role string) {
 		if !inKey[i] {
 			k.fault(path, "default, with the "+role+" column "+t.Columns[i].Name+" outside the key",
-				"scope, where and soft_delete within the key", "use full: without it the old value of the column is not in the log")
+				"scope, where, soft_delete and attachments within the key", "use full: without it the old value of the column is not in the log")
 		}
 	}
 	for _, i := range k.c.scopeColumns() {
@@ -278,6 +279,9 @@ func (k *compiler) checkIdentity() {
 	}
 	if k.c.soft >= 0 {
 		check(k.c.soft, "soft_delete")
+	}
+	for _, a := range k.c.attachments {
+		check(a.table, "attachments")
 	}
 	for i, col := range t.Columns {
 		if col.Toastable && !inKey[i] {
@@ -314,6 +318,9 @@ func fingerprint(c *Collection) string {
 	roles := slices.Compact(slices.Sorted(slices.Values(c.Spec.Read.Roles)))
 	add(append([]string{"read"}, roles...)...)
 	add("where", c.Spec.Where, "soft_delete", c.Spec.SoftDelete, "lossless", strconv.FormatBool(c.Spec.Lossless))
+	for _, a := range c.attachments {
+		add("attachment", a.spec.Column, a.spec.Path, a.spec.Pattern)
+	}
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])
 }

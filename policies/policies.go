@@ -32,6 +32,8 @@ type Spec struct {
 	Conflict         string     // one of ConflictPolicies, or "function"; empty: last_write_wins
 	ConflictFunction string     // schema.name, of "function"
 	OnDeleted        string     // one of DeletePolicies; empty: resurrect_on_update
+
+	Attachments []AttachmentSpec // where rows name attachments; nil: nowhere
 }
 
 // ColumnsSpec names the columns to leave out.
@@ -115,6 +117,8 @@ type Collection struct {
 	writable map[string]bool
 	set      []setColumn // sorted by name
 	check    *filter     // of rows as written; nil: every row
+
+	attachments []attachment // sorted
 }
 
 // ScopedByCaller says whether what a caller sees depends on its claims or roles.
