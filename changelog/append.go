@@ -345,7 +345,7 @@ func appendTransactions(b []byte, txs []Piece) ([]byte, []Pushed, error) {
 func appendRaise(b []byte, r *Raise) []byte {
 	b = append(b, `UPDATE walgate.collections SET name = name`...)
 	if r.Version != 0 {
-		b = fmt.Appendf(b, `, floor = %d, floor_reason = %s`, r.Version, quote(r.Reason))
+		b = fmt.Appendf(b, `, floor = %[1]d, floor_reason = %[2]s, refill = %[1]d`, r.Version, quote(r.Reason))
 	}
 	if r.Shape != "" {
 		b = append(b, `, shape = `+quote(r.Shape)...)

@@ -37,7 +37,11 @@ type Piece struct {
 	Entries []Entry
 	Raises  []Raise
 	Push    *Push // of a final piece with a Tx: the transaction is a push's
-	Size    int   // bytes held, about
+	// What it says of attachments, in this order within a piece.
+	References []Reference
+	Files      []FileEvent
+	Fills      []FillStep
+	Size       int // bytes held, about
 }
 
 // Batch is what one log transaction appended: what the bus announces.
@@ -50,6 +54,8 @@ type Batch struct {
 	Omitted bool    // too large to announce: read the log from Prev to Last
 	Raises  []Raise
 	Pushes  []Pushed // those that it holds, in the order of versions; always told, also with Omitted
+	// Operations are those that it wrote, one for each attachment and scope, in version order; nil with Omitted.
+	Operations []Operation
 }
 
 // Errors that callers act on.

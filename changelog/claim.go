@@ -271,16 +271,20 @@ func claimCollections(ctx context.Context, tx pgx.Tx, c Claim, out *Claimed) err
 		default:
 			f, reason = old.Floor, old.FloorReason
 		}
+		var refill Version
+		if old == nil || f > old.Floor {
+			refill = f
+		}
 		if old != nil && f > old.Floor {
 			out.Raised = append(out.Raised, want.Name+": "+reason)
 			want.Shape = cmp.Or(want.RaisedShape, want.Shape)
 		}
 		var st Collection
-		err := tx.QueryRow(ctx, `INSERT INTO walgate.collections (name, fingerprint, shape, floor, floor_reason, retention) VALUES ($1, $2, $3, $4, $5, $6)
+		err := tx.QueryRow(ctx, `INSERT INTO walgate.collections (name, fingerprint, shape, floor, floor_reason, retention, refill) VALUES ($1, $2, $3, $4, $5, $6, $7)
 			ON CONFLICT (name) DO UPDATE SET fingerprint = excluded.fingerprint, shape = excluded.shape, floor = excluded.floor,
-				floor_reason = excluded.floor_reason, stopped = '', retention = excluded.retention
-			RETURNING id, name, fingerprint, shape, floor, floor_reason, stopped`,
-			want.Name, want.Fingerprint, want.Shape, int64(f), reason, want.Retention).Scan(&st.ID, &st.Name, &st.Fingerprint, &st.Shape, &st.Floor, &st.FloorReason, &st.Stopped)
+				floor_reason = excluded.floor_reason, stopped = '', retention = excluded.retention, refill = greatest(collections.refill, excluded.refill)
+			RETURNING id, name, fingerprint, shape, floor, floor_reason, stopped, refill`,
+			want.Name, want.Fingerprint, want.Shape, int64(f), reason, want.Retention, int64(refill)).Scan(&st.ID, &st.Name, &st.Fingerprint, &st.Shape, &st.Floor, &st.FloorReason, &st.Stopped, &st.Refill)
 		if err != nil {
 			return err
 		}

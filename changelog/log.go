@@ -109,6 +109,7 @@ type Collection struct {
 	Floor       Version
 	FloorReason string
 	Stopped     string
+	Refill      Version // of the last raise of the floor that isn't retention's: a fill that began before is no good
 }
 
 // Head is where the log stood in one snapshot.
@@ -144,7 +145,7 @@ func (h *Head) Collection(id int32) *Collection {
 const (
 	headSQL = `SELECT version, history, floor, lsn - '0/0'::pg_lsn,
 		ARRAY(SELECT v FROM walgate.gaps, unnest(ARRAY[after_version, first_version]) v ORDER BY v) FROM walgate.checkpoint`
-	collectionsSQL = `SELECT id, name, fingerprint, shape, floor, floor_reason, stopped FROM walgate.collections ORDER BY id`
+	collectionsSQL = `SELECT id, name, fingerprint, shape, floor, floor_reason, stopped, refill FROM walgate.collections ORDER BY id`
 )
 
 // Head reads where the log stands. ErrNotInitialised where no leader has started it yet.
@@ -176,7 +177,7 @@ func queueHead(b *pgx.Batch, h *Head) {
 }
 
 func scanCollection(r pgx.CollectableRow) (c Collection, err error) {
-	err = r.Scan(&c.ID, &c.Name, &c.Fingerprint, &c.Shape, &c.Floor, &c.FloorReason, &c.Stopped)
+	err = r.Scan(&c.ID, &c.Name, &c.Fingerprint, &c.Shape, &c.Floor, &c.FloorReason, &c.Stopped, &c.Refill)
 	return c, err
 }
 

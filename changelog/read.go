@@ -34,6 +34,9 @@ type Page struct {
 	// Pushes are the marks of the transactions of Entries, in the order of versions: the asking client's own; of ReadAll all
 	// marks up to Last, also of transactions that changed nothing.
 	Pushes []Pushed
+	// Operations, of ReadAll only, are those of all scopes up to Last, in version order. One that was overtaken by a later
+	// one of the same attachment and scope is missing.
+	Operations []Operation
 }
 
 // MaxScopes is how many scope keys one read may name.
@@ -90,6 +93,9 @@ func (l *Log) ReadAll(ctx context.Context, since, until Version, limit, maxBytes
 	})
 	if err == nil {
 		err = l.addAllPushes(ctx, p, since, limit)
+	}
+	if err == nil {
+		err = l.addOperations(ctx, p, since, limit)
 	}
 	return p, err
 }
