@@ -14,6 +14,9 @@ const (
 	TokenExpired          Code = "token_expired"
 	KeysUnavailable       Code = "keys_unavailable"
 	Forbidden             Code = "forbidden"
+	ClientMismatch        Code = "client_mismatch"
+	SignatureInvalid      Code = "signature_invalid"
+	SignatureExpired      Code = "signature_expired"
 	UnknownCollection     Code = "unknown_collection"
 	InvalidRequest        Code = "invalid_request"
 	InvalidSince          Code = "invalid_since"
@@ -68,6 +71,9 @@ var wireErrors = []WireError{
 	{TokenExpired, 401, 4402, false, "The token has expired", "Renew the token, then repeat the request or connect again."},
 	{KeysUnavailable, 503, 4505, true, "The keys that tokens are verified with can't be fetched", "Wait for `Retry-After`, then repeat with the same token."},
 	{Forbidden, 403, 4403, false, "The caller may not do this", "Do not repeat; ask for the role that the collection needs."},
+	{ClientMismatch, 403, 4412, false, "The token is for another client", "Send the `client_id` that the token was issued for."},
+	{SignatureInvalid, 403, 0, false, "The signature of the URL is not valid", "Ask for a new download URL; a URL also ends when the content is replaced."},
+	{SignatureExpired, 403, 0, false, "The URL has expired", "Ask for a new download URL."},
 	{UnknownCollection, 404, 4404, false, "There is no such collection for this caller", "Correct the names in `collections`."},
 	{InvalidRequest, 400, 4400, false, "The request is malformed", "Correct what `errors` lists."},
 	{InvalidSince, 400, 4406, false, "The position in since can't be read", "Send `last_seq` exactly as received, or resynchronise in full."},

@@ -49,6 +49,8 @@ type Options struct {
 	PushRole           string        // writes as this role of the source; empty: as Source's own
 	PushConcurrency    int           // pushes that use the source at a time
 	EchoTimeout        time.Duration // how long a push's answer waits for its versions
+	SigningKey         []byte        // of download URLs; every instance has the same
+	URLTTL             time.Duration // how long a download URL is good for, at least
 }
 
 // SourceStatus is what an operator wants to know of replication.
