@@ -21,7 +21,7 @@ func TestForget(t *testing.T) {
 			INSERT INTO walgate.local_ids (subject, client_id, collection, local_id, doc_id, push_id, created_at) SELECT 'a', 'x', 'unconfirmed', '%[1]s ' || n, '1', 1, now() - interval '%[1]s' FROM generate_series(1, %[2]d) n;
 			INSERT INTO walgate.local_ids (subject, client_id, collection, local_id, doc_id, push_id, created_at, confirmed_at) SELECT 'a', 'x', 'confirmed', '%[1]s ' || n, '1', 1, now() - interval '100 days', now() - interval '%[1]s' FROM generate_series(1, %[2]d) n;
 			INSERT INTO walgate.sessions (subject, device_uuid, sync_uuid, max_checkin, opened_at) SELECT 'a', '%[1]s ' || n, gen_random_uuid(), '', now() - interval '%[1]s' FROM generate_series(1, %[2]d) n;
-			INSERT INTO walgate.manifests SELECT 'a', '%[1]s ' || n, '', now() - interval '%[1]s' FROM generate_series(1, %[2]d) n`, age, n))
+			INSERT INTO walgate.manifests (subject, client_id, scope_hash, seen_at) SELECT 'a', '%[1]s ' || n, '', now() - interval '%[1]s' FROM generate_series(1, %[2]d) n`, age, n))
 	}
 	mustExec(t, conn, `CREATE TABLE by_time AS SELECT * FROM walgate.pushes ORDER BY created_at; DELETE FROM walgate.pushes;
 		INSERT INTO walgate.pushes (subject, client_id, created_at) SELECT subject, client_id, created_at FROM by_time ORDER BY created_at; DROP TABLE by_time;

@@ -4,7 +4,7 @@
 CREATE TABLE walgate.attachments (
     id            bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
     attachment_id text   NOT NULL,
-    event         "char" NOT NULL,               -- 'u' uploaded, 'd' deleted, 'm' its bytes are missing from the store
+    event         "char" NOT NULL,               -- 'u' uploaded, 'd' deleted, 'm' its bytes are missing from the store, 'r' they are back
     size          bigint NOT NULL,
     content_type  text   NOT NULL,
     sha256        bytea  NOT NULL,
@@ -19,7 +19,7 @@ CREATE TABLE walgate.files (
     attachment_id      text   PRIMARY KEY,
     event_id           bigint NOT NULL,          -- walgate.attachments.id of the latest event
     state              "char" NOT NULL,          -- 'u' there, 'd' deleted, 'm' missing
-    storage_key        text   NOT NULL UNIQUE,
+    storage_key        text   COLLATE "C" NOT NULL UNIQUE, -- in the order of the store's listing
     parts              bigint[],                 -- sizes; null: one object at storage_key, else storage_key.0, .1 …; 0: there is no such object
     size               bigint NOT NULL,
     content_type       text   NOT NULL,
@@ -33,8 +33,8 @@ CREATE TABLE walgate.files (
     unreferenced_since timestamptz,
     bytes_gone         boolean NOT NULL DEFAULT false
 );
-CREATE INDEX files_unreferenced ON walgate.files (unreferenced_since) WHERE state = 'u' AND unreferenced_since IS NOT NULL;
-CREATE INDEX files_bytes_to_delete ON walgate.files (deleted_at) WHERE state = 'd' AND NOT bytes_gone;
+CREATE INDEX files_unreferenced ON walgate.files (unreferenced_since) WHERE unreferenced_since IS NOT NULL;
+CREATE INDEX files_bytes_to_delete ON walgate.files (attachment_id) WHERE state = 'd' AND NOT bytes_gone;
 
 -- Uploads under way, each with what it reserves of its subject's quota. Kind gone: its objects are to be deleted.
 CREATE TABLE walgate.uploads (
@@ -43,7 +43,7 @@ CREATE TABLE walgate.uploads (
     attachment_id text   NOT NULL,
     subject       text   NOT NULL,
     client_id     text,
-    storage_key   text   NOT NULL UNIQUE,
+    storage_key   text   COLLATE "C" NOT NULL UNIQUE,
     length        bigint,                        -- null: not said
     received      bigint NOT NULL DEFAULT 0,
     parts         bigint[],                      -- as in walgate.files
@@ -69,6 +69,9 @@ CREATE TABLE walgate.manifests (
     subject    text NOT NULL,
     client_id  text NOT NULL,
     scope_hash text NOT NULL,
+    whole_from bigint   NOT NULL DEFAULT 0,      -- positions below it are of other scopes
+    run_from   bigint   NOT NULL DEFAULT 0,      -- a listing from 0 under way: where it began
+    pages      bigint[] NOT NULL DEFAULT '{}',   -- and the ends of its last pages
     seen_at    timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (subject, client_id)
 );
@@ -83,11 +86,10 @@ INSERT INTO walgate.secrets (name, value) VALUES ('signing_key', sha256(convert_
 
 -- One row: how far the care of the files has come, and what its last rounds found.
 CREATE TABLE walgate.care (
-    one              boolean PRIMARY KEY DEFAULT true CHECK (one),
-    swept_at         timestamptz,
-    sweep            json,                       -- result of the last sweep
-    reconciled_at    timestamptz,
-    reconcile        json,                       -- result of the last reconciliation that ended
-    reconcile_after  text NOT NULL DEFAULT ''    -- key after which the one under way goes on
+    one           boolean PRIMARY KEY DEFAULT true CHECK (one),
+    swept_at      timestamptz,
+    reconciled_at timestamptz,
+    progress      json NOT NULL DEFAULT '{}',    -- of the round under way
+    result        json NOT NULL DEFAULT '{}'     -- of the last rounds that ended
 );
 INSERT INTO walgate.care DEFAULT VALUES;
