@@ -71,7 +71,7 @@ func (x *export) anchor(ctx context.Context, s *snapshot, before *changelog.Head
 	if err := x.g.passFence(ctx); err != nil {
 		return err
 	}
-	first, shown, h, err := x.g.o.Log.FirstInvisible(ctx, s.xmax, s.running)
+	first, shown, h, err := x.g.o.Log.FirstInvisible(ctx, s.Xmax, s.Running)
 	if err != nil {
 		return x.g.logProblem(err)
 	}
