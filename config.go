@@ -36,6 +36,8 @@ type Config struct {
 	Push        PushConfig
 	Limits      LimitsConfig
 	Auth        AuthConfig
+	Blobs       BlobsConfig
+	Attachments AttachmentsConfig
 	Log         LogConfig
 	Collections map[string]policies.Spec
 
@@ -89,6 +91,8 @@ type LimitsConfig struct {
 	MaxSlotLag                  Size
 	PushBody                    Size
 	Frame                       Size
+	Attachment                  Size
+	Quota                       Size
 	Drain                       time.Duration
 	RequestsPerSecond           int
 	Burst                       int
@@ -115,7 +119,7 @@ type JWTConfig struct {
 }
 
 // ClaimsConfig holds the dotted paths of the claims that name a caller.
-type ClaimsConfig struct{ Subject, Roles string }
+type ClaimsConfig struct{ Subject, Roles, Client string }
 
 // LogConfig shapes walgate's own log.
 type LogConfig struct{ Level, Format string }

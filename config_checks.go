@@ -69,6 +69,7 @@ func (d *decoder) checkTogether(c *Config) {
 	if slices.Contains(c.HTTP.AllowedOrigins, "*") && len(c.HTTP.AllowedOrigins) > 1 {
 		d.fault(d.where("http.allowed_origins"), "http.allowed_origins", `"*" beside other origins`, `"*" alone or a list of origins`, "")
 	}
+	d.checkQuota(c.Limits)
 	if c.Limits.StreamConnectionsPerSubject > c.Limits.StreamConnections {
 		const path = "limits.stream_connections_per_subject"
 		d.fault(d.where(path), path, fmt.Sprint(c.Limits.StreamConnectionsPerSubject),
@@ -134,9 +135,10 @@ func (d *decoder) collections(path string, n ast.Node) map[string]policies.Spec 
 		}
 		var s policies.Spec
 		d.mapping(e.value, at+".", specKeys(at, &s), map[string]func(string, ast.Node){
-			at + ".scope":    func(path string, n ast.Node) { s.Scope = d.scope(path, n) },
-			at + ".write":    func(path string, n ast.Node) { s.Write = d.write(path, n) },
-			at + ".conflict": func(path string, n ast.Node) { d.conflict(path, n, &s) },
+			at + ".scope":       func(path string, n ast.Node) { s.Scope = d.scope(path, n) },
+			at + ".write":       func(path string, n ast.Node) { s.Write = d.write(path, n) },
+			at + ".conflict":    func(path string, n ast.Node) { d.conflict(path, n, &s) },
+			at + ".attachments": func(path string, n ast.Node) { s.Attachments = d.specAttachments(path, n) },
 		})
 		d.checkSpec(at, e.at)
 		specs[e.name] = s

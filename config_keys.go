@@ -30,6 +30,8 @@ func defaultConfig() *Config {
 			MaxSlotLag:                  8 << 30,
 			PushBody:                    16 << 20,
 			Frame:                       1 << 20,
+			Attachment:                  2 << 30,
+			Quota:                       10 << 30,
 			Drain:                       20 * time.Second,
 			RequestsPerSecond:           50,
 			Burst:                       100,
@@ -42,7 +44,9 @@ func defaultConfig() *Config {
 			JWT:    JWTConfig{Leeway: 30 * time.Second},
 			Claims: ClaimsConfig{Subject: "sub", Roles: "roles"},
 		},
-		Log: LogConfig{Level: "info", Format: "json"},
+		Blobs:       BlobsConfig{URL: "file:///var/lib/walgate/blobs"},
+		Attachments: AttachmentsConfig{Grace: 24 * time.Hour, URLTTL: 15 * time.Minute, SweepGuard: 20, UploadTTL: 24 * time.Hour},
+		Log:         LogConfig{Level: "info", Format: "json"},
 	}
 }
 
@@ -55,7 +59,7 @@ const maxRetention = 36500 * 24 * time.Hour
 // configKeys lists every key but collections, in the order of config.yaml.
 func configKeys(c *Config) []key {
 	second := int64(time.Second)
-	return []key{
+	keys := []key{
 		{path: "config_revision", into: &c.Revision, min: 0, max: math.MaxInt64},
 		{path: "auto_init", into: &c.AutoInit},
 		{path: "database.url", into: &c.Database.URL, check: checkDSN, required: true},
@@ -78,6 +82,8 @@ func configKeys(c *Config) []key {
 		{path: "limits.max_slot_lag", into: &c.Limits.MaxSlotLag, min: 1 << 20, max: math.MaxInt64},
 		{path: "limits.push_body", into: &c.Limits.PushBody, min: 1 << 10, max: 1 << 30},
 		{path: "limits.frame", into: &c.Limits.Frame, min: 1 << 10, max: 64 << 20},
+		{path: "limits.attachment", into: &c.Limits.Attachment, min: 1 << 10, max: 5 << 40},
+		{path: "limits.quota", into: &c.Limits.Quota, min: 1 << 10, max: math.MaxInt64},
 		{path: "limits.drain", into: &c.Limits.Drain, min: 0, max: int64(time.Hour)},
 		{path: "limits.requests_per_second", into: &c.Limits.RequestsPerSecond, min: 1, max: 1e6},
 		{path: "limits.burst", into: &c.Limits.Burst, min: 1, max: 1e6},
@@ -93,7 +99,9 @@ func configKeys(c *Config) []key {
 		{path: "auth.jwt.leeway", into: &c.Auth.JWT.Leeway, min: 0, max: int64(5 * time.Minute)},
 		{path: "auth.claims.subject", into: &c.Auth.Claims.Subject, check: checkClaim},
 		{path: "auth.claims.roles", into: &c.Auth.Claims.Roles, check: checkClaim},
+		{path: "auth.claims.client", into: &c.Auth.Claims.Client, check: checkOptionalClaim},
 		{path: "log.level", into: &c.Log.Level, words: []string{"debug", "info", "warn", "error"}},
 		{path: "log.format", into: &c.Log.Format, words: []string{"json", "text"}},
 	}
+	return append(keys, attachmentKeys(c)...)
 }

@@ -150,8 +150,9 @@ func TestExampleInConfigFile(t *testing.T) {
 		Retention:       30 * 24 * time.Hour,
 		Write: &policies.WriteSpec{Roles: []string{"editor"}, Operations: []string{"insert", "update", "delete"}, Columns: []string{"title", "done"},
 			Set: map[string]string{"owner_id": "claims.sub"}, Check: "size(row.title) < 200"},
-		Conflict:  "merge",
-		OnDeleted: "resurrect_on_update",
+		Conflict:    "merge",
+		OnDeleted:   "resurrect_on_update",
+		Attachments: []policies.AttachmentSpec{{Column: "photo_id"}, {Column: "extra", Path: "$.photos[*].id"}, {Column: "notes", Pattern: "img_[0-9a-f]{32}"}},
 	}
 	if got := c.Collections["tasks"]; !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
@@ -227,6 +228,12 @@ func TestFullConfig(t *testing.T) {
 		{"write", c.Collections["notes"].Write, &policies.WriteSpec{Set: map[string]string{"owner_id": "claims.sub"}}},
 		{"resolver", c.Collections["notes"].Conflict + " " + c.Collections["notes"].ConflictFunction, "function app.resolve"},
 		{"on_deleted", c.Collections["notes"].OnDeleted, "delete_wins"},
+		{"attachments", c.Collections["photos"].Attachments, []policies.AttachmentSpec{{Column: "id"}, {Column: "extra", Path: "$.photos[*].id"}, {Column: "notes", Pattern: `img_\d+`}}},
+		{"blobs", c.Blobs.URL, "s3://bucket?region=eu-central-1"},
+		{"types", c.Attachments.Types, []string{"image/*", "application/pdf"}},
+		{"delete roles", c.Attachments.DeleteRoles, []string{"keeper"}},
+		{"sweep guard", c.Attachments.SweepGuard, 0},
+		{"grace", c.Attachments.Grace, 90 * 24 * time.Hour},
 		{"no write", c.Collections["countries"].Write == nil, true},
 		{"no scope", c.Collections["countries"].Scope == nil, true},
 	} {

@@ -284,6 +284,13 @@ func checkRole(text string) string {
 	return "the name of a role, at most 63 bytes long"
 }
 
+func checkOptionalClaim(text string) string {
+	if text == "" {
+		return ""
+	}
+	return checkClaim(text)
+}
+
 func checkClaim(text string) string {
 	if text == "" || slices.Contains(strings.Split(text, "."), "") {
 		return "a claim's name, or its path such as realm_access.roles"

@@ -98,6 +98,7 @@ type parts struct {
 	log          *changelog.Log
 	watcher      *replication.Watcher
 	publications schema.Publications
+	signingKey   []byte // of download URLs
 }
 
 // open connects to the source and compiles the policies against it. It reports everything that is wrong at once.
@@ -182,7 +183,7 @@ func (p *parts) install(ctx context.Context, cfg *Config, logger *slog.Logger) e
 
 func newAuthenticator(ctx context.Context, cfg *Config, logger *slog.Logger) (*gateway.Authenticator, error) {
 	a := gateway.AuthConfig{Secret: string(cfg.Auth.JWT.Secret), JWKSURL: cfg.Auth.JWT.JWKSURL, Issuer: cfg.Auth.JWT.Issuer,
-		Audience: cfg.Auth.JWT.Audience, Leeway: cfg.Auth.JWT.Leeway, SubjectClaim: cfg.Auth.Claims.Subject, RolesClaim: cfg.Auth.Claims.Roles, Log: logger}
+		Audience: cfg.Auth.JWT.Audience, Leeway: cfg.Auth.JWT.Leeway, SubjectClaim: cfg.Auth.Claims.Subject, RolesClaim: cfg.Auth.Claims.Roles, ClientClaim: cfg.Auth.Claims.Client, Log: logger}
 	if f := cfg.Auth.JWT.PublicKeyFile; f != "" {
 		pem, err := os.ReadFile(f)
 		if err != nil {
@@ -206,6 +207,9 @@ func gatewayOptions(cfg *Config, p *parts, bus changelog.Bus, auth *gateway.Auth
 		Drain:           cfg.Limits.Drain, ReadersConcurrency: max(1, cfg.Storage.PoolSize-2), SendMemory: int64(cfg.Limits.SendMemory),
 		PushBody: int(cfg.Limits.PushBody), PushRole: cfg.Push.Role, EchoTimeout: cfg.Push.EchoTimeout,
 		PushConcurrency: max(1, (cfg.Database.PoolSize-4)/2), // as full resyncs: four connections are left for fences whatever both hold
+		AttachmentLimit: int64(cfg.Limits.Attachment), Quota: int64(cfg.Limits.Quota), AttachmentTypes: cfg.Attachments.Types,
+		AttachmentReplace: cfg.Attachments.Replace, AttachmentDeleteRoles: cfg.Attachments.DeleteRoles, AttachmentURLTTL: cfg.Attachments.URLTTL,
+		AttachmentSigningKey: p.signingKey, AttachmentDirect: cfg.Attachments.Direct, UploadTTL: cfg.Attachments.UploadTTL,
 	}
 }
 

@@ -30,7 +30,7 @@ func (g *Gateway) downloadURL(id string, digest []byte, expires time.Time) strin
 // urlExpiry is when URLs that are made now expire. All those of one minute are the same, so that answers and frames are made
 // once for many.
 func (g *Gateway) urlExpiry(now time.Time) time.Time {
-	return now.Add(g.o.URLTTL).Truncate(time.Minute).Add(time.Minute)
+	return now.Add(g.o.AttachmentURLTTL).Truncate(time.Minute).Add(time.Minute)
 }
 
 func (g *Gateway) appendAttachmentURL(b []byte, id string) []byte {
@@ -40,7 +40,7 @@ func (g *Gateway) appendAttachmentURL(b []byte, id string) []byte {
 }
 
 func (g *Gateway) signature(id string, digest []byte, expires int64) string {
-	mac := hmac.New(sha256.New, g.o.SigningKey)
+	mac := hmac.New(sha256.New, g.o.AttachmentSigningKey)
 	mac.Write([]byte(signedURLs))
 	var sized [8]byte
 	for _, part := range [][]byte{[]byte(id), digest} {
@@ -57,7 +57,7 @@ func (g *Gateway) signature(id string, digest []byte, expires int64) string {
 // is told before the time is looked at: who can't sign learns nothing.
 func (g *Gateway) checkSignature(id string, digest []byte, expires, signature string) error {
 	at, err := strconv.ParseInt(expires, 10, 64)
-	if err != nil || len(g.o.SigningKey) == 0 || !hmac.Equal([]byte(signature), []byte(g.signature(id, digest, at))) {
+	if err != nil || len(g.o.AttachmentSigningKey) == 0 || !hmac.Equal([]byte(signature), []byte(g.signature(id, digest, at))) {
 		return &Problem{Code: SignatureInvalid}
 	}
 	if time.Now().Unix() >= at {

@@ -11,7 +11,7 @@ import (
 // TestSignedURLs: a URL is good for its attachment, its content and its time, and for nothing else.
 func TestSignedURLs(t *testing.T) {
 	t.Parallel()
-	g := &Gateway{o: Options{PublicURL: "https://sync.example/base/", SigningKey: []byte("a key of the tests"), URLTTL: 15 * time.Minute}}
+	g := &Gateway{o: Options{PublicURL: "https://sync.example/base/", AttachmentSigningKey: []byte("a key of the tests"), AttachmentURLTTL: 15 * time.Minute}}
 	digest := []byte("digest")
 	make := func(id string, expires time.Time) (e, s string) {
 		text := g.downloadURL(id, digest, expires)
@@ -30,7 +30,7 @@ func TestSignedURLs(t *testing.T) {
 	ok(t, g.checkSignature("a.jpg", digest, expires, signature))
 	old, oldSignature := make("a.jpg", now.Add(-time.Second))
 	other := &Gateway{o: g.o}
-	other.o.SigningKey = []byte("another key")
+	other.o.AttachmentSigningKey = []byte("another key")
 	unset := &Gateway{}
 	for name, c := range map[string]struct {
 		g                      *Gateway

@@ -37,15 +37,17 @@ type AuthConfig struct {
 	Leeway       time.Duration
 	SubjectClaim string       // dotted path; empty: sub
 	RolesClaim   string       // dotted path; empty: roles
+	ClientClaim  string       // dotted path; empty: tokens don't say which device they are of
 	Log          *slog.Logger // nil: silent
 }
 
 // Identity is a verified caller.
 type Identity struct {
-	Subject string
-	Roles   []string
-	Claims  map[string]any // numbers are json.Number
-	Expires time.Time      // from then on Verify refuses the token
+	Subject  string
+	Roles    []string
+	ClientID string         // the device that the token is of; "" where it doesn't say
+	Claims   map[string]any // numbers are json.Number
+	Expires  time.Time      // from then on Verify refuses the token
 }
 
 // Authenticator verifies tokens. Safe for concurrent use.
@@ -55,6 +57,7 @@ type Authenticator struct {
 	leeway   time.Duration
 	subject  string
 	rolePath string
+	client   string
 }
 
 // NewAuthenticator checks the keys. With a JWKS URL it fetches the set at once and keeps it fresh until ctx ends;
@@ -64,7 +67,7 @@ func NewAuthenticator(ctx context.Context, c AuthConfig, client *http.Client) (*
 }
 
 func newAuthenticator(ctx context.Context, c AuthConfig, client *http.Client, now func() time.Time) (*Authenticator, error) {
-	a := &Authenticator{leeway: c.Leeway, subject: orDefault(c.SubjectClaim, "sub"), rolePath: orDefault(c.RolesClaim, "roles")}
+	a := &Authenticator{leeway: c.Leeway, subject: orDefault(c.SubjectClaim, "sub"), rolePath: orDefault(c.RolesClaim, "roles"), client: c.ClientClaim}
 	methods, err := a.useKeys(ctx, c, client, now)
 	if err != nil {
 		return nil, err
@@ -234,8 +237,18 @@ func (a *Authenticator) identity(claims jwt.MapClaims) (*Identity, error) {
 	if !ok {
 		return nil, NewProblem(InvalidToken, "the claim %s holds no roles: a list of texts or a text with spaces is needed", a.rolePath)
 	}
-	return &Identity{Subject: subject, Roles: roles, Claims: claims, Expires: expires.Add(a.leeway)}, nil
+	id := &Identity{Subject: subject, Roles: roles, Claims: claims, Expires: expires.Add(a.leeway)}
+	if client := claimAt(claims, a.client); a.NamesClient() && client != nil {
+		if id.ClientID, ok = subjectText(client); !ok {
+			return nil, NewProblem(InvalidToken, "the claim %s names no device: a text of 1 to %d bytes is needed", a.client, maxSubjectSize)
+		}
+	}
+	return id, nil
 }
+
+// NamesClient says whether tokens say which device they are of, so that a request for another, or with a token that doesn't
+// say it, is refused.
+func (a *Authenticator) NamesClient() bool { return a.client != "" }
 
 // tokenProblem says what is wrong with a token, in words that help its owner and nobody else.
 func tokenProblem(err error) *Problem {

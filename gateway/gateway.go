@@ -49,8 +49,16 @@ type Options struct {
 	PushRole           string        // writes as this role of the source; empty: as Source's own
 	PushConcurrency    int           // pushes that use the source at a time
 	EchoTimeout        time.Duration // how long a push's answer waits for its versions
-	SigningKey         []byte        // of download URLs; every instance has the same
-	URLTTL             time.Duration // how long a download URL is good for, at least
+
+	AttachmentLimit       int64         // bytes of one attachment
+	Quota                 int64         // bytes of all that a subject uploaded
+	AttachmentTypes       []string      // media types, or image/* for all of a kind; none: any
+	AttachmentReplace     bool          // PUT with If-Match replaces bytes
+	AttachmentDeleteRoles []string      // delete whatever they see
+	AttachmentURLTTL      time.Duration // how long a download URL holds
+	AttachmentSigningKey  []byte        // of download URLs
+	AttachmentDirect      bool          // clients may be sent to the bucket
+	UploadTTL             time.Duration // how long an unfinished upload is kept
 }
 
 // SourceStatus is what an operator wants to know of replication.

@@ -149,7 +149,7 @@ func (s *session) begin(ctx context.Context, token string) error {
 
 // keep remembers of a caller what an open stream needs: its claims are in the feed.
 func (s *session) keep(id *Identity) {
-	s.identity = &Identity{Subject: id.Subject, Expires: id.Expires}
+	s.identity = &Identity{Subject: id.Subject, ClientID: id.ClientID, Expires: id.Expires}
 }
 
 // parseSince reads since as JSON: a string or a whole number.
