@@ -65,7 +65,7 @@ func checkBlobs(text string) string {
 	return want
 }
 
-var mediaPattern = regexp.MustCompile("^[a-z0-9!#$&^_.+-]+/(\\*|[a-z0-9!#$&^_.+-]+)$")
+var mediaPattern = regexp.MustCompile(`^[a-z0-9!#$&^_.+-]+/(\*|[a-z0-9!#$&^_.+-]+)$`)
 
 func checkMediaType(text string) string {
 	if mediaPattern.MatchString(text) {
