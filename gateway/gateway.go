@@ -119,6 +119,7 @@ type limits struct {
 	write     time.Duration // one write to a stream
 	fullWrite time.Duration // one write of limit=all
 	fence     time.Duration
+	idle      time.Duration // how long the body of an upload may stand still
 	chunk     time.Duration // the reading of one chunk of a full resync
 	queue     int           // bytes of frames that wait for one session
 	page      int           // bytes of documents in one page
@@ -126,7 +127,7 @@ type limits struct {
 
 func defaultLimits() limits {
 	return limits{subscribe: subscribeTimeout, heartbeat: heartbeatInterval, ping: pingInterval, write: writeTimeout,
-		fullWrite: streamWrite, fence: fenceTimeout, chunk: chunkTimeMost, queue: queueLimit, page: pageBytes}
+		fullWrite: streamWrite, fence: fenceTimeout, idle: uploadIdle, chunk: chunkTimeMost, queue: queueLimit, page: pageBytes}
 }
 
 // New checks nothing over the network; it makes the routes.
@@ -152,7 +153,7 @@ func (g *Gateway) Run(ctx context.Context, l net.Listener) error {
 	hubDone := make(chan error, 1)
 	go func() { hubDone <- g.hub.run(hubCtx) }()
 	served := make(chan error, 1)
-	go func() { served <- g.app.Listener(l) }()
+	go func() { served <- g.app.Listener(heardListener{l}) }()
 	var err error
 	select {
 	case err = <-served:
