@@ -81,6 +81,11 @@ func DeviceScope(subject, clientID string) ScopeKey {
 	return hashScope(appendSized(appendSized([]byte("walgate device uploads\n"), []byte(subject)), []byte(clientID)))
 }
 
+// HiddenScope is the scope in which rows of a scope refer to attachments while nobody may see them. No caller reads it.
+func HiddenScope(of ScopeKey) ScopeKey {
+	return hashScope(append([]byte("walgate hidden\n"), of[:]...))
+}
+
 func shortHash(text []byte) [16]byte {
 	sum := sha256.Sum256(text)
 	return [16]byte(sum[:16])
@@ -105,8 +110,14 @@ func (c *Caller) ReadableScopes() []ScopeKey {
 }
 
 // WritableScopes returns the scopes, of all collections with attachments, in which the caller may insert or update rows, each
-// once.
-func (c *Caller) WritableScopes() []ScopeKey { return c.attachmentScopes(c.mayName) }
+// once, and for each the scope of its hidden rows.
+func (c *Caller) WritableScopes() []ScopeKey {
+	keys := c.attachmentScopes(c.mayName)
+	for _, key := range keys {
+		keys = append(keys, HiddenScope(key))
+	}
+	return keys
+}
 
 // MayUpload says whether the caller may insert or update rows that name attachments.
 func (c *Caller) MayUpload() bool {

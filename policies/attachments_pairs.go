@@ -23,6 +23,8 @@ type references struct {
 	old            idSet
 	new            idSet
 	texts, scratch []byte // of arrays and of strings
+	oldHidden      []ScopeKey
+	newHidden      []ScopeKey
 }
 
 // idSet is what one row names: keys, each once and in order, once sorted.
@@ -53,21 +55,15 @@ func compareKeys(a, b [16]byte) int { return bytes.Compare(a[:], b[:]) }
 
 // AppendReferences appends the pairs that the change takes away and then those that it adds. It is called right after Route
 // with the same rows, as it takes the scopes from there; with old nil after a Route that had one, every pair of new is added.
-// A side that is not visible has no pairs. With whole, every pair that either side may have left is taken away first, and
+// A row that nobody may see has its pairs in hidden scopes: it may come to sight again, and needs its files then. With whole, every pair that either side may have left is taken away first, and
 // all of new are added: for readers that don't know what they hold of this document.
 func (b *Binding) AppendReferences(dst []Pair, old, new schema.Row, whole bool) (out []Pair) {
 	c := b.Collection
 	if len(c.attachments) == 0 {
 		return dst
 	}
-	oldKeys, newKeys := b.oldKeys, b.newKeys
-	if len(old) != len(b.columns) {
-		oldKeys = nil
-	}
-	if len(new) != len(b.columns) {
-		newKeys = nil
-	}
 	r := &b.references
+	oldKeys, newKeys := b.referenceScopes(b.oldKeys, &r.oldHidden, old), b.referenceScopes(b.newKeys, &r.newHidden, new)
 	unchanged := len(oldKeys) > 0 && len(newKeys) > 0 && same(r.at, old, new)
 	if unchanged && !whole && slices.Equal(oldKeys, newKeys) {
 		return dst
@@ -93,6 +89,25 @@ func (b *Binding) AppendReferences(dst []Pair, old, new schema.Row, whole bool) 
 	dst = appendMissing(dst, was, oldKeys, nil, nil, true)
 	dst = appendMissing(dst, now, newKeys, was, oldKeys, true)
 	return appendMissing(dst, now, newKeys, nil, nil, false)
+}
+
+// referenceScopes returns the scopes in which a row refers: those where it is visible or, where there are none, hidden ones.
+func (b *Binding) referenceScopes(visible []ScopeKey, hidden *[]ScopeKey, row schema.Row) []ScopeKey {
+	switch {
+	case len(row) != len(b.columns):
+		return nil
+	case len(visible) > 0:
+		return visible
+	}
+	keys := b.appendKeys((*hidden)[:0], row)
+	for i := range keys {
+		keys[i] = HiddenScope(keys[i])
+	}
+	if len(keys) == 0 {
+		keys = append(keys, HiddenScope(b.Collection.everyone))
+	}
+	*hidden = keys
+	return keys
 }
 
 // appendMissing appends every pair of an attachment and a scope that is not among the others. Both lists of attachments are
