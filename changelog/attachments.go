@@ -128,6 +128,7 @@ type Held struct {
 	Within   bool // one in the scopes
 	Outside  bool // one in other scopes
 	Readable bool // its bytes are there for these scopes: a row names it in one that isn't withheld, or none does and one is its uploader's
+	Known    bool // or would be if they were there, or were there for these scopes since it was uploaded: who asks may name it in rows
 }
 
 // ListRequest asks for the attachments that scopes hold.

@@ -29,8 +29,11 @@ const nobody = `'00000000-0000-0000-0000-000000000000'::uuid`
 const heldSQL = `SELECT
 	EXISTS (SELECT FROM walgate.attachment_references WHERE attachment = a.key AND document > ` + nobody + `),
 	coalesce(w.real, false), coalesce(o.is, false),
-	coalesce(w.readable, false) AND coalesce((SELECT state = 'u' FROM walgate.attachment_bytes WHERE key = a.key), false)
+	coalesce(w.readable, false) AND coalesce(b.state = 'u', false), coalesce(w.readable, false) OR EXISTS (
+		SELECT FROM unnest($2::uuid[]) AS s(key) JOIN walgate.attachment_operations h ON h.attachment = a.key AND h.scope = s.key
+		WHERE h.version > b.version AND NOT EXISTS (SELECT FROM walgate.attachment_withheld WHERE attachment = a.key AND scope = s.key))
 	FROM unnest($1::uuid[]) WITH ORDINALITY AS a(key, place)
+	LEFT JOIN walgate.attachment_bytes b ON b.key = a.key
 	LEFT JOIN LATERAL (
 		SELECT bool_or(r.document > ` + nobody + `) AS real, bool_or(NOT EXISTS (SELECT FROM walgate.attachment_withheld WHERE attachment = a.key AND scope = s.key)) AS readable
 		FROM unnest($2::uuid[]) AS s(key) CROSS JOIN LATERAL (
@@ -54,7 +57,7 @@ func (l *Log) Held(ctx context.Context, keys, scopes [][16]byte) ([]Held, error)
 	queueProbing(b)
 	b.Queue(heldSQL, keys, scopes).Query(func(rows pgx.Rows) (err error) {
 		out, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (h Held, err error) {
-			return h, r.Scan(&h.Any, &h.Within, &h.Outside, &h.Readable)
+			return h, r.Scan(&h.Any, &h.Within, &h.Outside, &h.Readable, &h.Known)
 		})
 		return err
 	})
