@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -40,10 +41,12 @@ type Appender struct {
 	sql        []byte
 	txs        []Piece // of the open log transaction: transactions to record (entries left out)
 	raises     []Raise
-	entries    []Entry // to announce
-	held       int     // bytes of entries
+	entries    []Entry     // to announce
+	operations []Operation // to announce
+	held       int         // bytes of entries and operations
 	omitted    bool
 	batchRows  int
+	att        attachments
 	OnAppended func(Appended) // may be nil; called after each durable append, on the appender's goroutine
 }
 
@@ -72,6 +75,9 @@ func (l *Log) NewAppender(ctx context.Context, bus Bus, c Claim) (*Appender, *Cl
 			return err
 		}
 		failpoint.Here(failpoint.LogClaimed)
+		if err = a.att.load(ctx, a.conn); err != nil {
+			return err
+		}
 		return a.parts.load(ctx, a.conn)
 	})
 	if err != nil {
@@ -89,6 +95,7 @@ func (l *Log) connectAppender(ctx context.Context, bus Bus) (*Appender, error) {
 	cfg := l.pool.Config().ConnConfig
 	cfg.RuntimeParams["application_name"] = appenderName
 	cfg.RuntimeParams["idle_in_transaction_session_timeout"] = "0" // the next row of a transaction may be long on its way
+	maps.Copy(cfg.RuntimeParams, probingSession)
 	conn, err := pgx.ConnectConfig(ctx, cfg)
 	if err != nil {
 		return nil, err
@@ -158,16 +165,22 @@ func (a *Appender) append(ctx context.Context, pieces []Piece) error {
 	if err := a.copyEntries(ctx, pieces); err != nil {
 		return err
 	}
+	if err := a.writeAttachments(ctx, pieces); err != nil {
+		return err
+	}
 	a.collect(pieces)
 	if !last.Final {
 		return nil
+	}
+	if err := a.judge(ctx); err != nil {
+		return err
 	}
 	return a.finish(ctx, start, last)
 }
 
 func writes(pieces []Piece) bool {
 	for i := range pieces {
-		if len(pieces[i].Entries) > 0 || len(pieces[i].Raises) > 0 || pieces[i].Push != nil || !pieces[i].Final {
+		if len(pieces[i].Entries) > 0 || len(pieces[i].Raises) > 0 || pieces[i].Push != nil || !pieces[i].Final || len(pieces[i].References)+len(pieces[i].Files)+len(pieces[i].Fills) > 0 {
 			return true
 		}
 	}
@@ -287,10 +300,10 @@ func (a *Appender) finish(ctx context.Context, start time.Time, last *Piece) err
 		return err
 	}
 	failpoint.Here(failpoint.Committed)
-	batch := &Batch{History: a.history, Prev: a.version, Last: version, LSN: last.LSN, Entries: a.entries, Omitted: a.omitted, Raises: a.raises, Pushes: pushes}
+	batch := &Batch{History: a.history, Prev: a.version, Last: version, LSN: last.LSN, Entries: a.entries, Omitted: a.omitted, Raises: a.raises, Pushes: pushes, Operations: a.operations}
 	done := Appended{Transactions: len(a.txs), Rows: a.batchRows, Version: version, LSN: last.LSN, Took: time.Since(start)}
 	a.version = version
-	a.open, a.entries, a.raises, a.omitted, a.held, a.batchRows = false, nil, nil, false, 0, 0
+	a.open, a.entries, a.operations, a.raises, a.omitted, a.held, a.batchRows = false, nil, nil, nil, false, 0, 0
 	a.txs = a.txs[:0]
 	a.logged.Store(uint64(last.LSN)) // the one place that moves "logged"
 	a.bus.Publish(batch)

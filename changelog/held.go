@@ -119,12 +119,12 @@ func (l *Log) Attachments(ctx context.Context, r ListRequest) (*List, error) {
 	if descending {
 		direction, beyond = "DESC", "<"
 	}
-	column := order.column
+	column := "x." + order.column
 	if order.kind == "text" {
 		column += ` COLLATE "C"`
 	}
-	sql := fmt.Sprintf(`SELECT x.*, (%[1]s)::text FROM (`+all+`) x
-		WHERE NOT $4 OR (%[1]s, id COLLATE "C") %[2]s ($5::text::%[3]s, $6) ORDER BY %[1]s %[4]s, id COLLATE "C" %[4]s LIMIT $7`, column, beyond, order.kind, direction)
+	sql := fmt.Sprintf(`SELECT x.*, (%[1]s)::text AS value FROM (`+all+`) x
+		WHERE NOT $4 OR (%[1]s, x.id COLLATE "C") %[2]s ($5::text::%[3]s, $6) ORDER BY %[1]s %[4]s, x.id COLLATE "C" %[4]s LIMIT $7`, column, beyond, order.kind, direction)
 	rows, err := l.pool.Query(ctx, sql, r.Scopes, r.ContentType, r.IDPrefix, r.After != "", defaultText(after.Value, order.kind), after.ID, r.Limit+1)
 	if err != nil {
 		return nil, readError(err)
