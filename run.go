@@ -39,6 +39,9 @@ func serve(ctx context.Context, cfg *Config, logger *slog.Logger, ready chan<- s
 	if err := p.install(ctx, cfg, logger); err != nil {
 		return err
 	}
+	if err := p.openAttachments(ctx, cfg); err != nil {
+		return err
+	}
 	auth, err := newAuthenticator(ctx, cfg, logger)
 	if err != nil {
 		return err
