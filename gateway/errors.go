@@ -26,6 +26,18 @@ const (
 	UnknownSession        Code = "unknown_session"
 	SessionExpired        Code = "session_expired"
 	InvalidLastUpdate     Code = "invalid_last_update"
+	InvalidAttachmentID   Code = "invalid_attachment_id"
+	DigestMismatch        Code = "digest_mismatch"
+	AttachmentMissing     Code = "attachment_missing"
+	AttachmentDeleted     Code = "attachment_deleted"
+	AttachmentExists      Code = "attachment_exists"
+	AttachmentTypeRefused Code = "attachment_type_refused"
+	DirectUnavailable     Code = "direct_upload_unavailable"
+	UploadGone            Code = "upload_gone"
+	PreconditionFailed    Code = "precondition_failed"
+	RangeNotSatisfiable   Code = "range_not_satisfiable"
+	QuotaExceeded         Code = "quota_exceeded"
+	StoreUnavailable      Code = "store_unavailable"
 	NotFound              Code = "not_found"
 	MethodNotAllowed      Code = "method_not_allowed"
 	RequestTimeout        Code = "request_timeout"
@@ -83,6 +95,18 @@ var wireErrors = []WireError{
 	{UnknownSession, 404, 0, false, "There is no such session: it was never opened, or the device has opened another since", "Open a session, then go on with its `sync_uuid`."},
 	{SessionExpired, 410, 0, false, "The session can't be continued", "Open a session, then go on with its `sync_uuid`."},
 	{InvalidLastUpdate, 400, 0, false, "last_update is no place in the change log", "Send the `last_seq` of the last page applied; where the session is older than a full resync, open another."},
+	{InvalidAttachmentID, 400, 0, false, "The id of the attachment is not one", "Name attachments with 1 to 255 letters, digits, dots, underscores and hyphens, without two dots in a row and without escapes."},
+	{DigestMismatch, 400, 0, true, "The bytes that arrived are not those that the digest is of", "Send the bytes again, with the digest of exactly these."},
+	{AttachmentMissing, 404, 0, true, "A row names the attachment, but its bytes are not there yet", "Ask again when the manifest lists it as a download."},
+	{AttachmentDeleted, 410, 0, false, "The attachment was deleted", "Delete the local copy; upload it anew if it is still wanted."},
+	{AttachmentExists, 409, 0, false, "The id is taken", "Upload other bytes under another id; `detail` holds the digest of what is there for who may read it."},
+	{AttachmentTypeRefused, 415, 0, false, "Attachments of this type are not taken", "Send one of the types that `detail` names, as Content-Type."},
+	{DirectUnavailable, 409, 0, false, "Clients can't be sent to the blob store here", "Upload with `PUT /attachments/{id}` or through `/uploads`."},
+	{UploadGone, 410, 0, false, "There is no such upload, or not any more", "Begin the upload anew."},
+	{PreconditionFailed, 412, 0, false, "A condition of the request does not hold", "Read the present state, then decide anew."},
+	{RangeNotSatisfiable, 416, 0, false, "The range is not one of this attachment", "Ask for one range within the size that `Content-Range` names."},
+	{QuotaExceeded, 507, 0, false, "The caller's quota is used up", "Delete attachments that are not needed any more; `detail` says how much is left."},
+	{StoreUnavailable, 503, 0, true, "The blob store can't be reached now", "Wait for `Retry-After`, then repeat."},
 	{NotFound, 404, 0, false, "There is nothing at this address", "Correct the address."},
 	{MethodNotAllowed, 405, 0, false, "The address does not take this method", "Use a method that `Allow` lists."},
 	{RequestTimeout, 408, 0, true, "The request did not arrive in time", "Repeat the request."},

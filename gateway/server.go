@@ -22,7 +22,7 @@ func (g *Gateway) routes() *fiber.App {
 		DisablePreParseMultipartForm: true, StreamRequestBody: true, RequestMethods: fiber.DefaultMethods,
 		EnableTrustedProxyCheck: true, TrustedProxies: g.o.TrustedProxies, ProxyHeader: proxyHeader(g.o.TrustedProxies),
 	})
-	app.Use(requestid.New(), recoverPanic)
+	app.Use(requestid.New(), g.settleBody, recoverPanic)
 	if len(g.o.AllowedOrigins) > 0 {
 		app.Use(cors.New(cors.Config{AllowOrigins: strings.Join(g.o.AllowedOrigins, ","),
 			AllowHeaders:  "Authorization, Content-Type, If-None-Match, X-Request-ID",
@@ -40,6 +40,7 @@ func (g *Gateway) routes() *fiber.App {
 	sync.Post("/sessions", g.authenticated, g.openSession)
 	sync.Post("/sessions/:sync_uuid/complete", g.authenticated, g.completeSession)
 	app.Server().KeepHijackedConns = true // streams close them; see accept
+	app.Server().HeaderReceived = holdBody
 	return app
 }
 

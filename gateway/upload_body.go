@@ -18,21 +18,32 @@ const uploadIdle = 30 * time.Second
 type uploadBody struct {
 	r           io.Reader
 	conn        net.Conn
-	chunked     bool
+	length      int64 // -1: not said
+	expected    bool  // the client waits to be told that it may send
 	idle        time.Duration
 	interrupted atomic.Bool
 	n           int64 // bytes read
+	whole       bool  // nothing of it is left on the connection
 	err         error // why it ended, if not as its client meant it
 }
 
 // errInterrupted ends a body that is not wanted any more.
 var errInterrupted = errors.New("the reading of the body was interrupted")
 
-// uploadBody returns the request's body. The framework's time limit, which is one for the whole request, ends with the first
-// read.
+type uploadBodyKey struct{}
+
+// uploadBody returns the request's body, always the same. The framework's time limit, which is one for the whole request,
+// ends with the first read; a client that waits for 100 Continue is told then.
 func (g *Gateway) uploadBody(c *fiber.Ctx) *uploadBody {
+	if b, ok := c.Locals(uploadBodyKey{}).(*uploadBody); ok {
+		return b
+	}
 	request := &c.Context().Request
-	return &uploadBody{r: request.BodyStream(), conn: c.Context().Conn(), chunked: request.Header.ContentLength() == -1, idle: g.limits.idle}
+	b := &uploadBody{r: request.BodyStream(), conn: c.Context().Conn(), length: int64(request.Header.ContentLength()),
+		expected: len(request.Header.Peek(heldExpect)) > 0, idle: g.limits.idle}
+	b.whole = b.r == nil || b.length == 0
+	c.Locals(uploadBodyKey{}, b)
+	return b
 }
 
 // Read returns io.EOF only where the client has sent all; a connection that ended before is io.ErrUnexpectedEOF.
@@ -40,8 +51,15 @@ func (b *uploadBody) Read(p []byte) (n int, err error) {
 	switch {
 	case b.err != nil:
 		return 0, b.err
-	case b.r == nil:
+	case b.whole:
 		return 0, io.EOF
+	}
+	if b.expected {
+		b.expected = false
+		b.conn.SetWriteDeadline(time.Now().Add(b.idle))
+		if _, b.err = b.conn.Write(continueAnswer); b.err != nil {
+			return 0, b.err
+		}
 	}
 	b.conn.SetReadDeadline(time.Now().Add(b.idle))
 	if b.interrupted.Load() { // after the deadline is set: interrupt sets one, too
@@ -53,18 +71,20 @@ func (b *uploadBody) Read(p []byte) (n int, err error) {
 	if err == nil {
 		return n, nil
 	}
-	// Between two chunks the framework takes the end of the connection for the end of the body.
-	if h, ok := b.conn.(*heardConn); ok && err == io.EOF && b.chunked && h.ended.Load() {
+	// The framework takes the end of the connection for the end of the body, even within one whose length was said.
+	if h, ok := b.conn.(*heardConn); err == io.EOF && (b.length >= 0 && b.n < b.length || b.length < 0 && ok && h.ended.Load()) {
 		err = io.ErrUnexpectedEOF
 	}
 	if b.interrupted.Load() && err != io.EOF {
 		err = errInterrupted
 	}
-	if err != io.EOF {
+	if b.whole = err == io.EOF; !b.whole {
 		b.err = err
 	}
 	return n, err
 }
+
+var continueAnswer = []byte("HTTP/1.1 100 Continue\r\n\r\n")
 
 // interrupt ends the present read and all that follow.
 func (b *uploadBody) interrupt() {
