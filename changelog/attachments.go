@@ -119,7 +119,7 @@ type OperationsPage struct {
 	Operations []Operation
 	Last       Version // everything up to here is told; above Since whenever More
 	More       bool
-	Filling    []int32 // collections of which no fill is done yet; 0: the bytes
+	Filled     []int32 // collections of which some fill is done; 0: the bytes
 }
 
 // Held is how an attachment stands to scopes.

@@ -22,7 +22,7 @@ const operationsSQL = `SELECT c.version, c.attachment, c.scope, c.id, CASE WHEN 
 
 const operationsFloorSQL = `SELECT greatest(attachments_floor, floor) FROM walgate.checkpoint`
 
-const fillingSQL = `SELECT collection FROM walgate.attachment_fills GROUP BY collection HAVING NOT bool_or(done) ORDER BY collection`
+const filledSQL = `SELECT DISTINCT collection FROM walgate.attachment_fills WHERE done ORDER BY collection`
 
 // Operations returns a page of what a caller's scopes are to do after Since, all in one snapshot.
 func (l *Log) Operations(ctx context.Context, r OperationsRequest) (*OperationsPage, error) {
@@ -58,8 +58,8 @@ func (l *Log) operations(ctx context.Context, r OperationsRequest, limit int) (*
 		return err
 	})
 	b.Queue(operationsFloorSQL).QueryRow(func(r pgx.Row) error { return r.Scan(&p.Floor) })
-	b.Queue(fillingSQL).Query(func(rows pgx.Rows) (err error) {
-		p.Filling, err = pgx.CollectRows(rows, pgx.RowTo[int32])
+	b.Queue(filledSQL).Query(func(rows pgx.Rows) (err error) {
+		p.Filled, err = pgx.CollectRows(rows, pgx.RowTo[int32])
 		return err
 	})
 	queueHead(b, &p.Head)

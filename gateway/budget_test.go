@@ -112,7 +112,7 @@ func TestLeavingGivesMemoryBack(t *testing.T) {
 	for _, s := range []*subscriber{stays, leaves, small} {
 		h.join(s, 100)
 	}
-	h.apply(testBatch(100, []int{1}, []int{2}))
+	h.apply(t.Context(), testBatch(100, []int{1}, []int{2}))
 	both := h.memory.held.Load()
 	h.leave(leaves)
 	one := h.memory.held.Load()

@@ -13,11 +13,13 @@ type feed struct {
 	caller      *policies.Caller
 	collections []*policies.Collection
 	scopes      [][16]byte
+	set         *policies.Set
+	files       *fileScopes // where its attachments are; nil: not asked for
 }
 
 // newFeed checks that the caller may read what it names; no names: everything that it may read.
 func newFeed(set *policies.Set, caller *policies.Caller, names []string) (*feed, error) {
-	f := &feed{caller: caller}
+	f := &feed{caller: caller, set: set}
 	if len(names) == 0 {
 		for _, c := range set.Collections {
 			if c.MayRead(caller) {
@@ -66,8 +68,9 @@ func (f *feed) names() []string {
 
 // resync says that a client can't continue from where it is.
 type resync struct {
-	Collections []string `json:"collections"`
-	Reason      string   `json:"reason"`
+	Collections []string
+	Attachments bool // its files too: from 0
+	Reason      string
 }
 
 // Reasons of a full resync, as clients see them.
@@ -86,7 +89,7 @@ func (f *feed) usable(h *changelog.Head) error {
 			return err
 		}
 	}
-	return nil
+	return f.files.usable(h)
 }
 
 func stateOf(h *changelog.Head, name string) *changelog.Collection {
@@ -125,7 +128,7 @@ func (f *feed) check(since changelog.Cursor, h *changelog.Head) *resync {
 	case since.ScopeHash != "" && since.ScopeHash != f.caller.ScopeHash:
 		r.Reason, r.Collections = reasonScopes, f.scoped()
 	}
-	if len(r.Collections) > 0 {
+	if r.Attachments = r.Reason != "" && f.files != nil; len(r.Collections) > 0 || r.Attachments {
 		return r
 	}
 	for _, c := range f.collections {

@@ -85,28 +85,30 @@ type SourceStatus struct {
 
 // Gateway serves clients. Make it with New; Run does everything else.
 type Gateway struct {
-	o        Options
-	auth     *Authenticator
-	hub      *hub
-	memory   *budget
-	limiter  *rateLimiter
-	metrics  *metrics
-	app      *fiber.App
-	fulls    *semaphore.Weighted
-	readers  *semaphore.Weighted
-	pushes   *semaphore.Weighted
-	bodies   *budget // of pushes that are being received
-	queued   atomic.Int64
-	plans    atomic.Pointer[pushPlans]
-	streams  sync.WaitGroup
-	open     atomic.Int64
-	subjects subjectCounts
-	draining atomic.Bool
-	policyN  atomic.Uint64
-	serving  context.Context // ends when draining begins: nobody waits for changes any more
-	stop     context.CancelFunc
-	working  context.Context // ends when draining is over; the framework's own contexts end later still
-	cut      context.CancelFunc
+	o         Options
+	auth      *Authenticator
+	hub       *hub
+	memory    *budget
+	limiter   *rateLimiter
+	metrics   *metrics
+	app       *fiber.App
+	fulls     *semaphore.Weighted
+	readers   *semaphore.Weighted
+	pushes    *semaphore.Weighted
+	bodies    *budget // of pushes that are being received
+	queued    atomic.Int64
+	plans     atomic.Pointer[pushPlans]
+	pages     manifestPages
+	manifests manifestStates
+	streams   sync.WaitGroup
+	open      atomic.Int64
+	subjects  subjectCounts
+	draining  atomic.Bool
+	policyN   atomic.Uint64
+	serving   context.Context // ends when draining begins: nobody waits for changes any more
+	stop      context.CancelFunc
+	working   context.Context // ends when draining is over; the framework's own contexts end later still
+	cut       context.CancelFunc
 
 	limits limits
 }
@@ -140,6 +142,9 @@ func New(o Options) *Gateway {
 	g.working, g.cut = context.WithCancel(context.Background())
 	g.memory = newBudget(o.SendMemory)
 	g.hub = newHub(o.Log, o.Bus, o.Logger, g.memory, g.policyFailed)
+	g.hub.url = func(o *changelog.Operation) string {
+		return g.downloadURL(o.ID, o.SHA256, g.urlExpiry(time.Now()))
+	}
 	g.metrics = newMetrics(g)
 	g.app = g.routes()
 	return g

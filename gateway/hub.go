@@ -35,6 +35,8 @@ type hub struct {
 	whole   changelog.Version // the newest end of a transaction at or below it
 	target  changelog.Version // while it stands within a transaction: an end above it
 	scopes  map[[16]byte][]*subscriber
+	files   map[[16]byte][]*subscriber // by the scopes of their attachments
+	seen    operationsSeen
 	subs    map[*subscriber]struct{}
 	waiters map[chan struct{}]changelog.LSN
 	echoes  map[int64]chan echo // who waits for a push, by its id
@@ -44,11 +46,14 @@ type hub struct {
 	joined  bool                // somebody did since the subscribers were last held against the collections' state
 	// checkpoints are the frames of the transaction that ends, by scope hash.
 	checkpoints map[string][]byte
+
+	url func(*changelog.Operation) string // of a download
 }
 
 func newHub(log *changelog.Log, bus changelog.Bus, logger *slog.Logger, memory *budget, failed func(string, error)) *hub {
-	return &hub{memory: memory, log: log, bus: bus, logger: logger, failed: failed, every: positionCheck, checkpoints: map[string][]byte{}, scopes: map[[16]byte][]*subscriber{}, subs: map[*subscriber]struct{}{},
-		waiters: map[chan struct{}]changelog.LSN{}, echoes: map[int64]chan echo{}, started: make(chan struct{})}
+	return &hub{memory: memory, log: log, bus: bus, logger: logger, failed: failed, every: positionCheck, checkpoints: map[string][]byte{},
+		scopes: map[[16]byte][]*subscriber{}, files: map[[16]byte][]*subscriber{}, subs: map[*subscriber]struct{}{},
+		url: func(*changelog.Operation) string { return "" }, waiters: map[chan struct{}]changelog.LSN{}, echoes: map[int64]chan echo{}, started: make(chan struct{})}
 }
 
 // run follows the log until ctx ends.
@@ -65,7 +70,7 @@ func (h *hub) run(ctx context.Context) error {
 			if !ok {
 				return nil
 			}
-			if !h.apply(b) {
+			if !h.apply(ctx, b) {
 				h.follow(ctx)
 			}
 		case <-tick.C:
@@ -75,18 +80,20 @@ func (h *hub) run(ctx context.Context) error {
 }
 
 // apply hands a batch out if it continues where the hub stands; false: the log must be read.
-func (h *hub) apply(b *changelog.Batch) bool {
+func (h *hub) apply(ctx context.Context, b *changelog.Batch) bool {
+	held := h.holders(ctx, b.Operations)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.head == nil || b.History != h.head.History {
 		return false
 	}
+	h.seen.heard = max(h.seen.heard, b.Last)
 	told := b.Last
 	if b.Omitted {
 		told = 0
 	}
 	h.echoLocked(b.Pushes, b.Entries, b.Prev+1, told)
-	if b.Last < h.head.Version || b.Last == h.head.Version && len(b.Entries) == 0 && len(b.Raises) == 0 && !b.Omitted {
+	if b.Last < h.head.Version || b.Last == h.head.Version && len(b.Entries) == 0 && len(b.Raises) == 0 && len(b.Operations) == 0 && !b.Omitted {
 		h.passLocked(b.LSN) // a fence, an idle position, or a message that came twice
 		return true
 	}
@@ -97,7 +104,8 @@ func (h *hub) apply(b *changelog.Batch) bool {
 		return false
 	}
 	h.raiseLocked(b.Raises) // first: a checkpoint above a new floor would let a client go on that must resynchronise
-	h.deliverLocked(b.Entries, b.Pushes, true)
+	h.deliverLocked(delivery{entries: b.Entries, pushes: b.Pushes, operations: b.Operations, held: held, complete: true})
+	h.seen.note(b.Operations, b.Last)
 	h.head.Version, h.whole = b.Last, b.Last
 	h.passLocked(b.LSN)
 	return true
@@ -158,6 +166,7 @@ func (h *hub) step(ctx context.Context) (more bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	held := h.holders(ctx, p.Operations)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if p.Head.History != old.History {
@@ -169,7 +178,8 @@ func (h *hub) step(ctx context.Context) (more bool, err error) {
 	stand.Version, stand.LSN = old.Version, old.LSN
 	h.adoptLocked(&stand)
 	h.echoLocked(p.Pushes, p.Entries, old.Version+1, p.Last)
-	h.deliverLocked(p.Entries, p.Pushes, !p.Partial)
+	h.deliverLocked(delivery{entries: p.Entries, pushes: p.Pushes, operations: p.Operations, held: held, complete: !p.Partial})
+	h.seen.note(p.Operations, p.Last)
 	h.head.Version, h.target = p.Last, now.Version
 	if !p.Partial {
 		h.whole = p.Last
@@ -199,6 +209,9 @@ func (h *hub) standAt(now *changelog.Head) {
 func (h *hub) adoptLocked(now *changelog.Head) {
 	old := h.head
 	h.head = now
+	if old == nil || now.History != old.History || now.Version != old.Version {
+		h.seen.forget(now.Version) // what lies between isn't heard
+	}
 	if old == nil {
 		close(h.started)
 		return
@@ -210,11 +223,11 @@ func (h *hub) adoptLocked(now *changelog.Head) {
 	h.joined = false
 	for s := range h.subs {
 		if now.History != old.History {
-			s.end(&resync{Collections: s.feed.names(), Reason: reasonHistory})
+			s.end(&resync{Collections: s.feed.names(), Attachments: s.feed.files != nil, Reason: reasonHistory})
 			continue
 		}
 		if lost {
-			s.end(&resync{Collections: s.feed.names(), Reason: reasonAhead})
+			s.end(&resync{Collections: s.feed.names(), Attachments: s.feed.files != nil, Reason: reasonAhead})
 			continue
 		}
 		for _, c := range s.feed.collections {
@@ -326,11 +339,7 @@ func (h *hub) join(s *subscriber, v changelog.Version) (from changelog.Version) 
 		return v
 	}
 	h.subs[s], h.joined = struct{}{}, true
-	s.slots = make([]int, len(s.feed.scopes))
-	for i, key := range s.feed.scopes {
-		s.slots[i] = len(h.scopes[key])
-		h.scopes[key] = append(h.scopes[key], s)
-	}
+	s.slots, s.fileSlots = rowRoster.add(h.scopes, s), fileRoster.add(h.files, s)
 	return v
 }
 
@@ -343,46 +352,8 @@ func (h *hub) leave(s *subscriber) {
 		return
 	}
 	delete(h.subs, s)
-	for i, key := range s.feed.scopes {
-		list := h.scopes[key]
-		last := len(list) - 1
-		moved := list[last]
-		list[s.slots[i]] = moved
-		for j, k := range moved.feed.scopes {
-			if k == key {
-				moved.slots[j] = s.slots[i]
-			}
-		}
-		list[last] = nil
-		if h.scopes[key] = list[:last]; last == 0 {
-			delete(h.scopes, key)
-		}
-	}
-}
-
-// deliverLocked hands entries (in version order) to the live subscribers of their scopes, a transaction at a time.
-// complete says that the last transaction ends here. Each frame is encoded once, however many get it, and once more for the
-// client whose push the transaction is.
-func (h *hub) deliverLocked(entries []changelog.Entry, pushes []changelog.Pushed, complete bool) {
-	fr, marks := frames{memory: h.memory}, markReader{pushes: pushes}
-	defer fr.release()
-	for i := 0; i < len(entries); {
-		j := i + 1
-		for j < len(entries) && entries[j].Version == entries[i].Version {
-			j++
-		}
-		fr.reset(entries[i:j], h.head, marks.of(entries[i].Tx))
-		h.deliverVersionLocked(entries[i:j], &fr)
-		if j == len(entries) && complete || j < len(entries) && entries[j].Tx != entries[i].Tx {
-			h.endTransactionLocked(entries[i].Version)
-		}
-		i = j
-	}
-	for _, s := range h.touched { // the rest of the transaction comes with the next page
-		s.flushPending(0, nil)
-	}
-	h.partial = append(h.partial, h.touched...)
-	h.touched = h.touched[:0]
+	rowRoster.remove(h.scopes, s)
+	fileRoster.remove(h.files, s)
 }
 
 // deliverVersionLocked hands out one row change, which may touch several scopes: the row's presence in one outweighs its

@@ -86,7 +86,7 @@ func TestHubDelivers(t *testing.T) {
 			t.Fatalf("live from %d", from)
 		}
 	}
-	if !h.apply(testBatch(100, []int{1}, []int{2}, []int{1, 2}, []int{9})) {
+	if !h.apply(t.Context(), testBatch(100, []int{1}, []int{2}, []int{1, 2}, []int{9})) {
 		t.Fatal("the batch continues, and was not taken")
 	}
 	for _, c := range []struct {
@@ -100,7 +100,7 @@ func TestHubDelivers(t *testing.T) {
 	}
 	h.leave(both)
 	h.leave(both) // twice does nothing
-	h.apply(testBatch(104, []int{1}))
+	h.apply(t.Context(), testBatch(104, []int{1}))
 	if got, _ := versions(t, one); !slices.Equal(got, []int{105}) {
 		t.Errorf("got %v", got)
 	}
@@ -132,7 +132,7 @@ func TestHubRefusesGaps(t *testing.T) {
 	} {
 		h, s := newTestHub(), newTestSub(1<<20, 1)
 		h.join(s, 100)
-		if taken := h.apply(c.batch); taken != c.taken {
+		if taken := h.apply(t.Context(), c.batch); taken != c.taken {
 			t.Errorf("%s: taken %v", name, taken)
 		}
 		if got, _ := versions(t, s); got != nil || h.head.Version != 100 {
@@ -143,7 +143,7 @@ func TestHubRefusesGaps(t *testing.T) {
 	h.join(s, 100)
 	b := testBatch(100, []int{1})
 	for range 3 { // a message that comes again may send the hub to the log, but is handed out once
-		h.apply(b)
+		h.apply(t.Context(), b)
 	}
 	if got, n := versions(t, s); len(got) != 1 || n != 1 {
 		t.Errorf("a doubled message: %v, %d checkpoints", got, n)
@@ -158,7 +158,7 @@ func TestSubscriberOverflow(t *testing.T) {
 	prev := changelog.Version(100)
 	for range 20 {
 		b := testBatch(prev, []int{1}, []int{1})
-		h.apply(b)
+		h.apply(t.Context(), b)
 		prev = b.Last
 		if s.size > 1000 {
 			t.Fatalf("%d bytes wait", s.size)
@@ -178,7 +178,7 @@ func TestSubscriberOverflow(t *testing.T) {
 	if from := h.join(s, prev); from != prev {
 		t.Errorf("live again from %d", from)
 	}
-	h.apply(testBatch(prev, []int{1}))
+	h.apply(t.Context(), testBatch(prev, []int{1}))
 	if again, n := versions(t, s); len(again) != 1 || n != 1 {
 		t.Errorf("after the return: %v", again)
 	}
@@ -192,7 +192,7 @@ func TestHubRaises(t *testing.T) {
 	h.join(s, 100)
 	h.join(news, 100)
 	b := &changelog.Batch{History: testHistory, Prev: 100, Last: 110, Raises: []changelog.Raise{{Collection: 1, Version: 110, Reason: "truncated"}}}
-	if !h.apply(b) {
+	if !h.apply(t.Context(), b) {
 		t.Fatal("not taken")
 	}
 	if _, live, end, _ := s.take(nil); live || end == nil || end.Reason != reasonTooOld || !slices.Equal(end.Collections, []string{"todos"}) {
@@ -201,7 +201,7 @@ func TestHubRaises(t *testing.T) {
 	if _, live, end, p := news.take(nil); !live || end != nil || p != nil {
 		t.Errorf("another collection's subscriber: %v %v %v", live, end, p)
 	}
-	h.apply(&changelog.Batch{History: testHistory, Prev: 110, Last: 111, Raises: []changelog.Raise{{Collection: 2, SetStopped: true, Stopped: "why"}}})
+	h.apply(t.Context(), &changelog.Batch{History: testHistory, Prev: 110, Last: 111, Raises: []changelog.Raise{{Collection: 2, SetStopped: true, Stopped: "why"}}})
 	if _, _, _, p := news.take(nil); p == nil || p.Code != CollectionUnavailable {
 		t.Errorf("%+v", p)
 	}
@@ -225,13 +225,13 @@ func TestWaitLSN(t *testing.T) {
 		defer h.mu.Unlock()
 		return len(h.waiters) == 1
 	})
-	h.apply(&changelog.Batch{History: testHistory, Prev: 100, Last: 100, LSN: 499})
+	h.apply(t.Context(), &changelog.Batch{History: testHistory, Prev: 100, Last: 100, LSN: 499})
 	select {
 	case <-done:
 		t.Fatal("woken below its LSN")
 	default:
 	}
-	h.apply(&changelog.Batch{History: testHistory, Prev: 100, Last: 100, LSN: 500})
+	h.apply(t.Context(), &changelog.Batch{History: testHistory, Prev: 100, Last: 100, LSN: 500})
 	ok(t, <-done)
 	ok(t, h.waitLSN(t.Context(), 500))
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
@@ -291,7 +291,7 @@ func TestHubModel(t *testing.T) {
 			}
 			b := testBatch(at, changes...)
 			at = b.Last
-			h.apply(b)
+			h.apply(t.Context(), b)
 		}
 	}
 }
@@ -321,7 +321,7 @@ func BenchmarkFanOut(b *testing.B) {
 				entry.Version, entry.Tx = at+1, at+1
 				batch.Entries[0], batch.Prev, batch.Last = entry, at, at+1
 				at++
-				if !h.apply(batch) {
+				if !h.apply(b.Context(), batch) {
 					b.Fatal("not taken")
 				}
 				for _, s := range subs[:c.concerned] {
@@ -353,13 +353,13 @@ func TestJoinWithinATransaction(t *testing.T) {
 		return changelog.Entry{Version: v, Tx: 101, Scope: scopeKey(1), Collection: 1, Op: byte(policies.Upsert), DocID: []byte("1"), Data: []byte(`{"id":1}`)}
 	}
 	h.mu.Lock()
-	h.deliverLocked([]changelog.Entry{entry(180), entry(200)}, nil, true)
+	h.deliverLocked(delivery{entries: []changelog.Entry{entry(180), entry(200)}, complete: true})
 	h.head.Version, h.whole = 200, 200
 	h.mu.Unlock()
 	if got, checkpoints := versions(t, s); len(got) != 0 || checkpoints != 0 {
 		t.Errorf("handed out %v and %d checkpoints of what the session reads itself", got, checkpoints)
 	}
-	if !h.apply(testBatch(200, []int{1})) {
+	if !h.apply(t.Context(), testBatch(200, []int{1})) {
 		t.Fatal("the next batch was refused")
 	}
 	if got, checkpoints := versions(t, s); len(got) != 1 || got[0] != 201 || checkpoints != 1 {

@@ -152,13 +152,13 @@ func TestEchoes(t *testing.T) {
 	gap.Pushes = []changelog.Pushed{pushed(6), pushed(7), pushed(8)}
 	foreign := *gap
 	foreign.History = "ffff"
-	if h.apply(&foreign) || len(done) != 0 {
+	if h.apply(t.Context(), &foreign) || len(done) != 0 {
 		t.Error("the echo of another history counts")
 	}
-	if h.apply(gap) {
+	if h.apply(t.Context(), gap) {
 		t.Error("a gap was taken")
 	}
-	h.apply(gap)
+	h.apply(t.Context(), gap)
 	if p := <-done; p.ID != 7 || p.Last != 106 {
 		t.Errorf("told %+v", p)
 	}
@@ -184,7 +184,7 @@ func TestMarkedFramesAreEncodedTwice(t *testing.T) {
 	b := testBatch(100, []int{1}, []int{1})
 	b.Pushes = []changelog.Pushed{{Tx: 101, Last: 102, Push: changelog.Push{ID: 1, Subject: "a", ClientID: "phone"}}}
 	b.Entries[1].Op = byte(policies.Delete)
-	if !h.apply(b) || !h.apply(testBatch(102, []int{1})) {
+	if !h.apply(t.Context(), b) || !h.apply(t.Context(), testBatch(102, []int{1})) {
 		t.Fatal("not taken")
 	}
 	encodings := map[*byte]int{}

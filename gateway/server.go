@@ -39,6 +39,7 @@ func (g *Gateway) routes() *fiber.App {
 	sync.Post("/push", g.authenticated, g.answerPush)
 	sync.Post("/sessions", g.authenticated, g.openSession)
 	sync.Post("/sessions/:sync_uuid/complete", g.authenticated, g.completeSession)
+	app.Post("/attachments/manifest", g.authenticated, g.manifest)
 	app.Server().KeepHijackedConns = true // streams close them; see accept
 	app.Server().HeaderReceived = holdBody
 	return app

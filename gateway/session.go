@@ -30,6 +30,7 @@ type clientFrame struct {
 	Token       string          `json:"token"`
 	Batch       bool            `json:"batch"`
 	ClientID    string          `json:"client_id"`
+	Attachments bool            `json:"attachments"`
 }
 
 // session is one subscribed WebSocket. run owns the writing; a second goroutine reads.
@@ -40,6 +41,7 @@ type session struct {
 	id       string
 	identity *Identity
 	sub      *subscriber // its bell wakes the writer, whatever there is to do
+	clientID string      // whose files it is told of besides everybody's
 	since    changelog.Cursor
 	batch    bool
 	sent     changelog.Version // everything up to here was written
@@ -138,6 +140,14 @@ func (s *session) begin(ctx context.Context, token string) error {
 	feed, err := s.g.feedFor(id, f.Collections)
 	if err != nil {
 		return err
+	}
+	if f.Attachments {
+		if s.clientID = f.ClientID; f.ClientID != "" {
+			if err := s.g.checkClient(id, f.ClientID); err != nil {
+				return err
+			}
+		}
+		feed.files = newFileScopes(feed.set, feed.caller, f.ClientID)
 	}
 	s.batch, s.sent = f.Batch, s.since.Version
 	s.sub = newSubscriber(feed, s.g.limits.queue)
@@ -350,9 +360,15 @@ func (s *session) goodbye() error {
 
 func (s *session) resyncClosing(r *resync) error {
 	s.g.metrics.resyncs.Inc()
-	names, _ := json.Marshal(r.Collections) // strings
+	names, files := []byte("[]"), ""
+	if len(r.Collections) > 0 {
+		names, _ = json.Marshal(r.Collections) // strings
+	}
+	if r.Attachments {
+		files = `,"attachments":true`
+	}
 	return &closing{code: FullResyncRequired.Wire().Close,
-		frame: fmt.Appendf(nil, `{"type":"full_resync_required","collections":%s,"reason":%q}`, names, r.Reason)}
+		frame: fmt.Appendf(nil, `{"type":"full_resync_required","collections":%s%s,"reason":%q}`, names, files, r.Reason)}
 }
 
 // renew takes a new token of the same subject. Other scopes need other rows than those the client holds.
@@ -368,10 +384,20 @@ func (s *session) renew(ctx context.Context, token string) error {
 	if err != nil {
 		return err
 	}
+	r := &resync{Reason: reasonScopes}
 	if feed.caller.ScopeHash != s.sub.feed.caller.ScopeHash {
-		if names := s.sub.feed.scoped(); len(names) > 0 {
-			return s.resyncClosing(&resync{Collections: names, Reason: reasonScopes})
+		r.Collections = s.sub.feed.scoped()
+	}
+	if files := s.sub.feed.files; files != nil {
+		if s.clientID != "" {
+			if err := s.g.checkClient(id, s.clientID); err != nil {
+				return err
+			}
 		}
+		r.Attachments = newFileScopes(feed.set, feed.caller, s.clientID).hash != files.hash
+	}
+	if len(r.Collections) > 0 || r.Attachments {
+		return s.resyncClosing(r)
 	}
 	s.keep(id)
 	s.setTimer(time.Now())
@@ -392,7 +418,8 @@ func (s *session) heartbeat() error {
 	return s.writeText([]byte(`{"type":"heartbeat","last_seq":"` + s.sub.feed.cursor(v, s.history) + `"}`))
 }
 
-// send writes frames, many at a time, and releases them; in batch mode the changes before each checkpoint become one.
+// send writes frames, many at a time, and releases them; in batch mode the changes before each checkpoint become one, and
+// what they bring of attachments follows.
 func (s *session) send(frames []frame) error {
 	defer releaseAll(frames)
 	out := s.out.gather()
@@ -400,13 +427,13 @@ func (s *session) send(frames []frame) error {
 	for i := 0; i < len(frames); {
 		j := i + 1
 		var err error
-		if frames[i].kind != frameChange || !s.batch {
+		if frames[i].kind == frameCheckpoint || !s.batch {
 			err = out.add(frames[i].data)
 		} else {
-			for j < len(frames) && frames[j].kind == frameChange {
+			for j < len(frames) && frames[j].kind != frameCheckpoint {
 				j++
 			}
-			err = out.add(batchFrame(frames[i:j])...)
+			err = addBatch(out, frames[i:j])
 		}
 		if err != nil {
 			return s.sendFailed(err)
@@ -419,15 +446,29 @@ func (s *session) send(frames []frame) error {
 	return nil
 }
 
-// batchFrame returns the parts of a frame that holds all changes.
-func batchFrame(changes []frame) [][]byte {
-	parts := make([][]byte, 0, 2*len(changes)+1)
+// addBatch adds a frame that holds all changes, and then those of attachments.
+func addBatch(out *gathered, frames []frame) error {
+	parts := make([][]byte, 0, 2*len(frames)+1)
 	before := []byte(`{"type":"changes","changes":[`)
-	for _, c := range changes {
-		parts = append(parts, before, c.data)
-		before = []byte{','}
+	for _, f := range frames {
+		if f.kind == frameChange {
+			parts = append(parts, before, f.data)
+			before = []byte{','}
+		}
 	}
-	return append(parts, []byte("]}"))
+	if len(parts) > 0 {
+		if err := out.add(append(parts, []byte("]}"))...); err != nil {
+			return err
+		}
+	}
+	for _, f := range frames {
+		if f.kind == frameAttachment {
+			if err := out.add(f.data); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (s *session) writeText(b []byte) error {

@@ -17,6 +17,7 @@ type frameKind uint8
 
 const (
 	frameChange frameKind = iota
+	frameAttachment
 	frameCheckpoint
 )
 
@@ -30,8 +31,13 @@ type subscriber struct {
 	bell   chan struct{} // capacity 1: look at the queue
 
 	// Of the hub, under its lock.
-	slots []int             // position in the hub's list of each scope
-	last  changelog.Version // newest row change handed over
+	slots     []int             // position in the hub's list of each scope
+	last      changelog.Version // newest row change handed over
+	fileSlots []int             // as slots, of the scopes of files
+	file      struct {          // newest operation looked at
+		version    changelog.Version
+		attachment [16]byte
+	}
 
 	mu      sync.Mutex
 	live    bool
@@ -98,6 +104,14 @@ func (s *subscriber) pend(f frame, v, tx changelog.Version) bool {
 	s.pending = append(s.pending, f)
 	s.newest = v
 	return first
+}
+
+// leaveLive leaves the live path before transaction tx, for what is to be sent can only be told by reading the log.
+func (s *subscriber) leaveLive(tx changelog.Version) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.tx = tx
+	s.overflowLocked()
 }
 
 // overflowLocked leaves the live path before the present transaction.
