@@ -21,6 +21,7 @@ const (
 	FileUploaded byte = 'u'
 	FileDeleted  byte = 'd'
 	FileMissing  byte = 'm' // they are gone from the store, and nobody asked for that
+	FileReturned byte = 'r' // they are back, or were deleted and not yet gone when a row named them again: nobody gets to read them who couldn't before
 )
 
 // FileEvent is one row of walgate.attachments in the source, or, of a fill of the bytes, of walgate.files there.

@@ -135,8 +135,8 @@ func (m *modelled) file(e FileEvent) {
 	if was && old.fill == fill && old.ID >= e.ID {
 		return
 	}
-	f := modelledFile{e, e.Event, fill}
-	if e.Event != 'u' && was {
+	f := modelledFile{e, e.state(), fill}
+	if e.state() != 'u' && was {
 		f.SHA256, f.Home = old.SHA256, old.Home
 	}
 	m.files[e.Key] = f
@@ -144,12 +144,15 @@ func (m *modelled) file(e FileEvent) {
 		return
 	}
 	m.dropUnnamed(e.Key)
-	if e.Event != 'u' {
+	if e.state() != 'u' {
 		return
 	}
 	named, _, _ := m.named(e.Key, nil)
 	if !named {
 		m.references[modelledReference{e.Key, e.Home, [16]byte{}, 0}] = true
+	}
+	if was && e.Event == 'r' {
+		return
 	}
 	maps.DeleteFunc(m.withheld, func(k [2][16]byte, _ bool) bool { return k[0] == e.Key })
 	for r := range m.references {

@@ -90,7 +90,7 @@ func (a *application) write(p *Piece, doc int, v Version, old, now map[[2][16]by
 func (a *application) upload(p *Piece) {
 	v, n := a.version(), a.r.IntN(randomAttachments)
 	a.event++
-	e := FileEvent{ID: a.event, AttachmentID: fmt.Sprint("photo", n), Key: attachment(n), Event: "uuuudm"[a.r.IntN(6)], ContentType: "image/png",
+	e := FileEvent{ID: a.event, AttachmentID: fmt.Sprint("photo", n), Key: attachment(n), Event: "uuuudmr"[a.r.IntN(7)], ContentType: "image/png",
 		SHA256: []byte{byte(a.r.IntN(3))}, Home: scope(byte(randomScopes + a.r.IntN(randomHomes))), CreatedAt: v.Time(), Version: v}
 	e.Size = int64(e.SHA256[0])
 	if a.r.IntN(2) == 0 {
@@ -109,7 +109,7 @@ func (a *application) upload(p *Piece) {
 	}
 	p.Files = append(p.Files, e)
 	p.Version = v
-	e.Scopes = nil // the source doesn't keep them
+	e.Scopes, e.Event = nil, e.state() // what the source keeps
 	a.files[e.Key] = e
 }
 
@@ -488,6 +488,7 @@ func (h *history) ask() {
 		var want Held
 		want.Any, want.Within, want.Outside = h.model.named(k, scopes)
 		_, want.Readable = held[k]
+		want.Known = got[i].Known // has a test of its own
 		if got[i] != want {
 			h.t.Fatalf("attachment %d and %x: %+v, want %+v", i, scopes, got[i], want)
 		}

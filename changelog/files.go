@@ -78,7 +78,7 @@ func (a *Appender) writeEvents(ctx context.Context, files []FileEvent) error {
 				content_type = CASE WHEN excluded.state = 'u' THEN excluded.content_type ELSE b.content_type END,
 				sha256 = CASE WHEN excluded.state = 'u' THEN excluded.sha256 ELSE b.sha256 END,
 				home = CASE WHEN excluded.state = 'u' THEN excluded.home ELSE b.home END, version = excluded.version, fill = excluded.fill`,
-			e.Key, e.AttachmentID, e.ID, string(rune(e.Event)), e.Size, e.ContentType, sha, createdAt(e), e.Home, int64(e.Version), fill)
+			e.Key, e.AttachmentID, e.ID, string(rune(e.state())), e.Size, e.ContentType, sha, createdAt(e), e.Home, int64(e.Version), fill)
 		a.att.touched.add(e.Key, [16]byte{}, e.Version)
 		if was && old.event == e.ID {
 			continue // a fill found the upload that the log holds: who may read it stays
@@ -87,10 +87,13 @@ func (a *Appender) writeEvents(ctx context.Context, files []FileEvent) error {
 			over, overHomes = append(over, e.Key), append(overHomes, old.home)
 			a.att.touched.add(e.Key, old.home, e.Version)
 		}
-		if e.Event != FileUploaded {
+		if e.state() != FileUploaded {
 			continue
 		}
 		uploaded, homes = append(uploaded, e.Key), append(homes, e.Home)
+		if e.Event == FileReturned && was {
+			continue // who may read it stays
+		}
 		if was {
 			b.Queue(`DELETE FROM walgate.attachment_withheld WHERE attachment = $1`, e.Key)
 		}
@@ -113,6 +116,14 @@ func (a *Appender) writeEvents(ctx context.Context, files []FileEvent) error {
 		return err
 	}
 	return a.spill(ctx)
+}
+
+// state is what the event makes of the bytes.
+func (e *FileEvent) state() byte {
+	if e.Event == FileReturned {
+		return FileUploaded
+	}
+	return e.Event
 }
 
 func createdAt(e *FileEvent) time.Time {
