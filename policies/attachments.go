@@ -51,6 +51,7 @@ func validID[T string | []byte](id T) bool {
 const (
 	attachmentPrefix = "walgate attachment\n"
 	documentPrefix   = "walgate document\n"
+	hiddenPrefix     = "walgate hidden\n"
 )
 
 // AttachmentKey is the name of an attachment in the change log.
@@ -83,7 +84,8 @@ func DeviceScope(subject, clientID string) ScopeKey {
 
 // HiddenScope is the scope in which rows of a scope refer to attachments while nobody may see them. No caller reads it.
 func HiddenScope(of ScopeKey) ScopeKey {
-	return hashScope(append([]byte("walgate hidden\n"), of[:]...))
+	var room [len(hiddenPrefix) + len(of)]byte
+	return hashScope(append(append(room[:0], hiddenPrefix...), of[:]...))
 }
 
 func shortHash(text []byte) [16]byte {

@@ -9,8 +9,8 @@ import (
 	"unicode/utf8"
 )
 
-// maxJSONDepth bounds recursion. PostgreSQL's own reader gives up before, unless max_stack_depth is raised.
-const maxJSONDepth = 10_000
+// maxJSONDepth bounds recursion. PostgreSQL itself reads under 20,000 levels, and some 70,000 where max_stack_depth is raised.
+const maxJSONDepth = 100_000
 
 // collectJSON adds what the attachment's path or pattern finds in a JSON text.
 func (b *Binding) collectJSON(into *idSet, a *attachment, text []byte) {

@@ -55,8 +55,9 @@ func compareKeys(a, b [16]byte) int { return bytes.Compare(a[:], b[:]) }
 
 // AppendReferences appends the pairs that the change takes away and then those that it adds. It is called right after Route
 // with the same rows, as it takes the scopes from there; with old nil after a Route that had one, every pair of new is added.
-// A row that nobody may see has its pairs in hidden scopes: it may come to sight again, and needs its files then. With whole, every pair that either side may have left is taken away first, and
-// all of new are added: for readers that don't know what they hold of this document.
+// A row that nobody may see has its pairs in hidden scopes: it may come to sight again, and needs its files then. With whole,
+// every pair that either side may have left is taken away first, and all of new are added: for readers that don't know what
+// they hold of this document.
 func (b *Binding) AppendReferences(dst []Pair, old, new schema.Row, whole bool) (out []Pair) {
 	c := b.Collection
 	if len(c.attachments) == 0 {
