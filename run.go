@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/walgate/walgate/blobstore"
 	"github.com/walgate/walgate/changelog"
 	"github.com/walgate/walgate/gateway"
 	"github.com/walgate/walgate/policies"
@@ -36,10 +37,13 @@ func serve(ctx context.Context, cfg *Config, logger *slog.Logger, ready chan<- s
 		return err
 	}
 	defer p.close()
+	if err := p.openBlobs(ctx, cfg, logger); err != nil {
+		return err
+	}
 	if err := p.install(ctx, cfg, logger); err != nil {
 		return err
 	}
-	if err := p.openAttachments(ctx, cfg); err != nil {
+	if err := p.openFiles(ctx, cfg); err != nil {
 		return err
 	}
 	auth, err := newAuthenticator(ctx, cfg, logger)
@@ -101,7 +105,9 @@ type parts struct {
 	log          *changelog.Log
 	watcher      *replication.Watcher
 	publications schema.Publications
-	signingKey   []byte // of download URLs
+	blobs        *blobstore.Store   // nil: no collection has attachments
+	files        *blobstore.Records // the same
+	signingKey   []byte             // of download URLs
 }
 
 // open connects to the source and compiles the policies against it. It reports everything that is wrong at once.
@@ -147,6 +153,9 @@ func (p *parts) close() {
 	}
 	if p.log != nil {
 		p.log.Close()
+	}
+	if p.blobs != nil {
+		_ = p.blobs.Close() // nothing is written through it any more
 	}
 }
 
@@ -210,6 +219,7 @@ func gatewayOptions(cfg *Config, p *parts, bus changelog.Bus, auth *gateway.Auth
 		Drain:           cfg.Limits.Drain, ReadersConcurrency: max(1, cfg.Storage.PoolSize-2), SendMemory: int64(cfg.Limits.SendMemory),
 		PushBody: int(cfg.Limits.PushBody), PushRole: cfg.Push.Role, EchoTimeout: cfg.Push.EchoTimeout,
 		PushConcurrency: max(1, (cfg.Database.PoolSize-4)/2), // as full resyncs: four connections are left for fences whatever both hold
+		Blobs:           p.blobs, Files: p.files,
 		AttachmentLimit: int64(cfg.Limits.Attachment), Quota: int64(cfg.Limits.Quota), AttachmentTypes: cfg.Attachments.Types,
 		AttachmentReplace: cfg.Attachments.Replace, AttachmentDeleteRoles: cfg.Attachments.DeleteRoles, AttachmentURLTTL: cfg.Attachments.URLTTL,
 		AttachmentSigningKey: p.signingKey, AttachmentDirect: cfg.Attachments.Direct, UploadTTL: cfg.Attachments.UploadTTL,

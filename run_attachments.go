@@ -2,7 +2,11 @@ package main
 
 import (
 	"context"
+	"log/slog"
+	"net/url"
 
+	"github.com/walgate/walgate/blobstore"
+	"github.com/walgate/walgate/policies"
 	"github.com/walgate/walgate/schema"
 )
 
@@ -16,11 +20,54 @@ func (c *Config) hasAttachments() bool {
 	return false
 }
 
-// openAttachments reads what serving attachments takes, if any collection has them.
-func (p *parts) openAttachments(ctx context.Context, cfg *Config) (err error) {
+// openBlobs opens the blob store and tries it, if any collection has attachments.
+func (p *parts) openBlobs(ctx context.Context, cfg *Config, logger *slog.Logger) error {
 	if !cfg.hasAttachments() {
 		return nil
 	}
+	store, err := blobstore.Open(ctx, cfg.Blobs.URL)
+	if err == nil {
+		p.blobs = store
+		err = store.Check(ctx)
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		return FaultsError(cfg, []policies.Fault{blobsFault(cfg.Blobs.URL, err)})
+	}
+	if store.Scheme() == "mem" {
+		logger.Warn("blobs.url is mem://: the bytes of attachments are lost when this process ends, and no other instance has them")
+	}
+	return nil
+}
+
+// blobsFault says what to do about a blob store that can't be used.
+func blobsFault(raw string, err error) policies.Fault {
+	f := policies.Fault{Path: "blobs.url", Got: "a blob store that can't be used: " + err.Error(), Want: "one in which walgate can write, read and delete"}
+	u, parseErr := url.Parse(raw)
+	if parseErr != nil {
+		return f
+	}
+	switch u.Scheme {
+	case "file":
+		f.Hint = "let the user that walgate runs as make and write the directory " + u.Path + ", or name another; several instances need one that all share"
+	case "s3":
+		f.Hint = "credentials are looked for as the aws command does (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, the machine's role); another service than AWS takes ?endpoint=https://HOST&region=REGION"
+	case "gs":
+		f.Hint = "credentials are looked for as gcloud does (GOOGLE_APPLICATION_CREDENTIALS or the machine's service account)"
+	case "azblob":
+		f.Hint = "the account is AZURE_STORAGE_ACCOUNT, with AZURE_STORAGE_KEY, AZURE_STORAGE_SAS_TOKEN or the machine's identity"
+	}
+	return f
+}
+
+// openFiles makes what serving attachments takes of the source, once walgate's tables are there.
+func (p *parts) openFiles(ctx context.Context, cfg *Config) (err error) {
+	if !cfg.hasAttachments() {
+		return nil
+	}
+	p.files = blobstore.NewRecords(p.source, blobstore.RecordsOptions{Quota: int64(cfg.Limits.Quota), UploadTTL: cfg.Attachments.UploadTTL})
 	if p.signingKey = []byte(cfg.Attachments.SigningKey); len(p.signingKey) == 0 {
 		p.signingKey, err = schema.SigningKey(ctx, p.source)
 	}

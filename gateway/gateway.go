@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/sync/semaphore"
 
+	"github.com/walgate/walgate/blobstore"
 	"github.com/walgate/walgate/changelog"
 	"github.com/walgate/walgate/policies"
 	"github.com/walgate/walgate/schema"
@@ -50,15 +51,17 @@ type Options struct {
 	PushConcurrency    int           // pushes that use the source at a time
 	EchoTimeout        time.Duration // how long a push's answer waits for its versions
 
-	AttachmentLimit       int64         // bytes of one attachment
-	Quota                 int64         // bytes of all that a subject uploaded
-	AttachmentTypes       []string      // media types, or image/* for all of a kind; none: any
-	AttachmentReplace     bool          // PUT with If-Match replaces bytes
-	AttachmentDeleteRoles []string      // delete whatever they see
-	AttachmentURLTTL      time.Duration // how long a download URL holds
-	AttachmentSigningKey  []byte        // of download URLs
-	AttachmentDirect      bool          // clients may be sent to the bucket
-	UploadTTL             time.Duration // how long an unfinished upload is kept
+	Blobs                 *blobstore.Store   // the bytes of attachments; nil: no collection has any
+	Files                 *blobstore.Records // which there are; nil with Blobs
+	AttachmentLimit       int64              // bytes of one attachment
+	Quota                 int64              // bytes of all that a subject uploaded
+	AttachmentTypes       []string           // media types, or image/* for all of a kind; none: any
+	AttachmentReplace     bool               // PUT with If-Match replaces bytes
+	AttachmentDeleteRoles []string           // delete whatever they see
+	AttachmentURLTTL      time.Duration      // how long a download URL holds
+	AttachmentSigningKey  []byte             // of download URLs
+	AttachmentDirect      bool               // clients may be sent to the bucket
+	UploadTTL             time.Duration      // how long an unfinished upload is kept
 }
 
 // SourceStatus is what an operator wants to know of replication.
