@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"net/url"
 	"os"
@@ -18,7 +19,7 @@ import (
 	"time"
 
 	"gocloud.dev/blob"
-	_ "gocloud.dev/blob/azureblob" // azblob://
+	"gocloud.dev/blob/azureblob" // azblob://
 	"gocloud.dev/blob/fileblob"
 	_ "gocloud.dev/blob/gcsblob" // gs://
 	_ "gocloud.dev/blob/memblob" // mem://
@@ -99,46 +100,99 @@ type Written struct {
 	SHA256 []byte
 }
 
-// copyBuffers are what bytes pass through.
-var copyBuffers = sync.Pool{New: func() any { return new([128 << 10]byte) }}
-
 // Write makes an object of what r holds until io.EOF. Nothing is visible of one that isn't complete: whatever ends the write
-// early, also the context, leaves nothing. An error of r comes back as it is.
+// early, also the context, leaves nothing. An error of r comes back as it is. r isn't read any more once Write has returned.
 func (s *Store) Write(ctx context.Context, key string, r io.Reader, o WriteOptions) (Written, error) {
+	caller := ctx
 	ctx, abort := context.WithCancel(ctx)
 	defer abort()
+	in := &source{ctx: ctx, r: r, hash: sha256.New(), limit: o.Limit}
 	var file *os.File
-	w, err := s.bucket.NewWriter(ctx, key, &blob.WriterOptions{
-		ContentType: o.contentType(), ContentDisposition: o.Disposition, BufferSize: o.partSize(), MaxConcurrency: 1,
+	options := &blob.WriterOptions{ContentType: o.contentType(), ContentDisposition: o.Disposition, BufferSize: o.partSize(), MaxConcurrency: 1,
 		BeforeWrite: func(as func(any) bool) error {
 			if s.files != nil && !as(&file) {
 				return errors.New("the driver doesn't show the file that it writes to")
 			}
 			return s.boundParts(as, o.partSize())
-		}})
+		}}
+	if s.scheme == azureblob.Scheme { // its Writer panics where the service fails; its Upload publishes nothing where the reader does
+		return s.written(caller, key, in, s.bucket.Upload(ctx, key, in, options))
+	}
+	w, err := s.bucket.NewWriter(ctx, key, options)
 	if err != nil {
 		return Written{}, s.failed("write", key, err)
 	}
-	h := sha256.New()
-	n, err := transfer(ctx, w, h, r, o.Limit)
+	buf := copyBuffers.Get().(*[128 << 10]byte)
+	_, err = io.CopyBuffer(struct{ io.Writer }{w}, in, buf[:])
+	copyBuffers.Put(buf)
 	if err == nil && file != nil {
 		err = file.Sync()
 	}
 	if err != nil {
 		abort()
 		_ = w.Close() // which gives up, for its context has ended
-		return Written{}, err
+		return s.written(caller, key, in, err)
 	}
 	if err = w.Close(); err == nil && s.files != nil {
 		err = s.files.settle(key)
 	}
-	if err != nil { // perhaps only the answer was lost
+	return s.written(caller, key, in, err)
+}
+
+// written ends a write.
+func (s *Store) written(ctx context.Context, key string, in *source, err error) (Written, error) {
+	switch {
+	case in.err != nil:
+		return Written{}, in.err
+	case err == nil:
+		return Written{Size: in.n, SHA256: in.hash.Sum(nil)}, nil
+	case ctx.Err() != nil:
+		err = context.Cause(ctx)
+	}
+	if in.ended { // perhaps only the answer was lost
 		late, end := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 		defer end()
 		_ = s.bucket.Delete(late, key)
-		return Written{}, s.failed("write", key, err)
 	}
-	return Written{Size: n, SHA256: h.Sum(nil)}, nil
+	return Written{}, s.failed("write", key, err)
+}
+
+// copyBuffers are what bytes pass through.
+var copyBuffers = sync.Pool{New: func() any { return new([128 << 10]byte) }}
+
+// source reads the bytes of an object, counts and digests them, and remembers what is wrong with them.
+type source struct {
+	ctx   context.Context
+	r     io.Reader
+	hash  hash.Hash
+	n     int64
+	limit int64
+	err   error // why they can't all be had
+	ended bool  // all were had
+}
+
+// Read reads on.
+func (s *source) Read(p []byte) (int, error) {
+	if s.err != nil {
+		return 0, s.err
+	}
+	if s.ctx.Err() != nil {
+		s.err = context.Cause(s.ctx)
+		return 0, s.err
+	}
+	n, err := s.r.Read(p)
+	_, _ = s.hash.Write(p[:n]) // never fails
+	s.n += int64(n)
+	switch {
+	case s.limit > 0 && s.n > s.limit:
+		s.err = ErrTooLarge
+	case err == io.EOF:
+		s.ended = true
+		return n, err
+	default:
+		s.err = err
+	}
+	return n, s.err
 }
 
 // undoTimeout bounds what is done after a write that failed.
@@ -154,35 +208,12 @@ func (o WriteOptions) contentType() string {
 // partSize is such that the largest object has no more parts than S3 takes.
 func (o WriteOptions) partSize() int { return int(max(partSize, o.Limit/(mostParts-1)+1)) }
 
-// transfer copies r to w and h, no more than limit bytes.
-func transfer(ctx context.Context, w io.Writer, h io.Writer, r io.Reader, limit int64) (n int64, err error) {
-	buf := copyBuffers.Get().(*[128 << 10]byte)
-	defer copyBuffers.Put(buf)
-	for {
-		if err := ctx.Err(); err != nil {
-			return n, context.Cause(ctx)
-		}
-		got, readErr := r.Read(buf[:])
-		if n += int64(got); limit > 0 && n > limit {
-			return n, ErrTooLarge
-		}
-		_, _ = h.Write(buf[:got]) // a hash never fails
-		if got > 0 {
-			if _, err := w.Write(buf[:got]); err != nil {
-				return n, fmt.Errorf("write to the blob store: %w", err)
-			}
-		}
-		if readErr == io.EOF {
-			return n, nil
-		}
-		if readErr != nil {
-			return n, readErr
-		}
-	}
-}
-
 // Read reads an object from an offset on; length -1: to its end.
 func (s *Store) Read(ctx context.Context, key string, offset, length int64) (io.ReadCloser, error) {
+	if length == 0 { // which some services refuse of an object without bytes
+		_, err := s.Size(ctx, key)
+		return io.NopCloser(strings.NewReader("")), err
+	}
 	r, err := s.bucket.NewRangeReader(ctx, key, offset, length, nil)
 	if err != nil {
 		return nil, s.failed("read", key, err)
@@ -197,11 +228,24 @@ func (s *Store) Size(ctx context.Context, key string) (int64, error) {
 		return a.Size, nil
 	}
 	if gcerrors.Code(err) == gcerrors.NotFound { // of a bucket that isn't there too
-		if there, err := s.bucket.IsAccessible(ctx); err != nil || !there {
-			return 0, fmt.Errorf("the blob store's bucket can't be listed: %w", cmp.Or(err, errors.New("it is not there")))
+		if err := s.accessible(ctx); err != nil {
+			return 0, fmt.Errorf("the blob store's bucket can't be listed: %w", err)
 		}
 	}
 	return 0, s.failed("look at", key, err)
+}
+
+// accessible says what is wrong with the bucket itself.
+func (s *Store) accessible(ctx context.Context) error {
+	if s.files != nil { // the driver lists a directory that isn't there as an empty one
+		_, err := os.ReadDir(s.files.root)
+		return err
+	}
+	there, err := s.bucket.IsAccessible(ctx)
+	if err == nil && !there {
+		err = errors.New("it is not there")
+	}
+	return err
 }
 
 // Delete deletes an object. One that isn't there is no error.

@@ -34,8 +34,12 @@ var shared struct {
 
 // Main runs a package's tests, stops the server that they shared, and then fails if a goroutine was left behind. Every
 // package whose tests use a server calls it from TestMain: os.Exit(pgserver.Main(m)).
-func Main(m *testing.M, ignore ...goleak.Option) int {
+func Main(m *testing.M, ignore ...goleak.Option) int { return MainThen(m, func() {}, ignore...) }
+
+// MainThen is Main of a package whose tests share other servers too: stop ends them after the tests.
+func MainThen(m *testing.M, stop func(), ignore ...goleak.Option) int {
 	code := m.Run()
+	stop()
 	if err := closeShared(); err != nil {
 		fmt.Fprintln(os.Stderr, "stop the tests' PostgreSQL:", err)
 		code = max(code, 1)
