@@ -82,8 +82,9 @@ type SourceStatus struct {
 	SlotLag      int64
 	LogRows      int64 // about
 	SlotStatus   string
-	Stopped      map[string]string // collections, and why
-	Impaired     map[string]string // collections that go on but not in all ways, and why
+	Stopped      map[string]string     // collections, and why
+	Impaired     map[string]string     // collections that go on but not in all ways, and why
+	Fills        map[string]FillStatus // by collection, while this instance leads; "files" is that of the bytes
 }
 
 // Gateway serves clients. Make it with New; Run does everything else.

@@ -59,7 +59,7 @@ func newMetrics(g *Gateway) *metrics {
 	m.registerPushes()
 	m.registerManifests()
 	m.streams = prometheus.NewGauge(prometheus.GaugeOpts{Name: "sync_websocket_connections", Help: "Subscribed WebSockets."})
-	r.MustRegister(m.streams, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	r.MustRegister(fillMetrics{g}, m.streams, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
 	status := func(value func(SourceStatus) float64) func() float64 {
 		return func() float64 { return value(g.o.SourceStatus()) }

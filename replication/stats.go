@@ -2,6 +2,7 @@ package replication
 
 import (
 	"log/slog"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,6 +30,32 @@ type Stats struct {
 	waiting string // why an append takes long
 	slot    SlotHealth
 	warned  map[string]time.Time
+	fills   map[string]FillProgress
+}
+
+// FillProgress is how far existing rows of a collection were looked through for attachments.
+type FillProgress struct {
+	Rows, Estimate int64 // looked at, and about how many there are; 0: not known
+	Done           bool
+	Swept          bool // what no longer holds is removed
+}
+
+// Fills returns the progress of each collection with attachments, while this instance leads.
+func (s *Stats) Fills() map[string]FillProgress {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.fills)
+}
+
+func (s *Stats) setFill(collection string, p FillProgress, over bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fills == nil {
+		s.fills = map[string]FillProgress{}
+	}
+	if s.fills[collection] = p; over {
+		delete(s.fills, collection)
+	}
 }
 
 // SlotHealth is how much WAL the slot holds back.
@@ -63,6 +90,9 @@ func (s *Stats) setState(leading bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.leading = leading
+	if !leading {
+		s.fills = nil
+	}
 	s.err = ""
 	if err != nil {
 		s.err = err.Error()
