@@ -39,7 +39,8 @@ type Options struct {
 	Stats          *Stats
 	Logger         *slog.Logger
 
-	timing timing // zero: defaultTiming
+	timing   timing // zero: defaultTiming
+	fillRows int    // of one step of a fill; 0: fillRows
 }
 
 // Leader tails the source into the log for as long as it holds the slot.
@@ -369,11 +370,15 @@ func (l *Leader) rememberHistory(ctx context.Context, history string) error {
 
 // stream runs the stream, the appender and the care around them until one of them ends.
 func (l *Leader) stream(ctx context.Context, conn *pgconn.PgConn, appender *changelog.Appender, c *changelog.Claimed, xmax uint64) error {
-	queue := changelog.NewQueue(queueBytes)
-	appender.OnAppended = func(a changelog.Appended) {
-		l.o.Stats.appended(a)
-		l.o.Stats.QueueBytes.Store(int64(queue.Len()))
+	fills, err := l.o.Log.Fills(ctx)
+	if err != nil {
+		return err
 	}
+	head, err := l.o.Log.Head(ctx)
+	if err != nil {
+		return err
+	}
+	queue := changelog.NewQueue(queueBytes)
 	t := &tenure{leader: l, ids: map[string]changelog.Collection{}, halted: map[string]bool{}, gaps: map[string]uint64{}}
 	for _, col := range c.Collections {
 		if shape := schema.CloseGap(col.Shape); shape != col.Shape {
@@ -388,6 +393,13 @@ func (l *Leader) stream(ctx context.Context, conn *pgconn.PgConn, appender *chan
 			logged: c.LSN, widen: xidWidener{near: xmax}},
 	}
 	t.stream = s
+	t.filler = newFiller(t, appender.Logged)
+	t.prepareFills(fills, head)
+	appender.OnAppended = func(a changelog.Appended) {
+		l.o.Stats.appended(a)
+		l.o.Stats.QueueBytes.Store(int64(queue.Len()))
+		t.filler.moved(a.Version)
+	}
 	defer l.o.Watcher.OnChange(t.changed)()
 	t.changed()
 
@@ -406,7 +418,8 @@ func (l *Leader) stream(ctx context.Context, conn *pgconn.PgConn, appender *chan
 		return err
 	})
 	g.Go(func() error { return l.care(gctx, conn.PID(), c.Epoch) })
-	err := g.Wait()
+	g.Go(func() error { return t.filler.run(gctx) })
+	err = g.Wait()
 	if conn.IsClosed() { // pgconn may still be taking leave of it
 		return err
 	}

@@ -56,6 +56,7 @@ type setup struct {
 	linked   string        // the source as the gateway reaches it; empty: dsn
 	timing   timing        // of the stream; zero: the usual
 	patience time.Duration // of the log's watchdog; 0: the usual
+	fillRows int           // of one step of a fill; 0: the usual
 }
 
 // source is a source with a leader that tails it into a log.
@@ -74,6 +75,10 @@ type source struct {
 	logged  *logBuffer
 	stop    func()
 	maxLag  int64 // of the slot; 0: far away
+	rows    int   // of one step of a fill; 0: the usual
+
+	storageDSN string
+	store      *pgx.Conn // to the log's database
 }
 
 const itemsTable = `CREATE TABLE items (id int PRIMARY KEY, owner text, title text, body text);`
@@ -100,7 +105,7 @@ func newSource(t testing.TB, o setup) *source {
 	if o.storage == "" {
 		o.storage = o.dsn
 	}
-	s := &source{t: t, dsn: o.dsn, linked: cmp.Or(o.linked, o.dsn), timing: o.timing, logged: &logBuffer{}}
+	s := &source{t: t, dsn: o.dsn, linked: cmp.Or(o.linked, o.dsn), timing: o.timing, rows: o.fillRows, storageDSN: o.storage, logged: &logBuffer{}}
 	s.conn = s.connect()
 	s.exec(o.before)
 	s.slot = fmt.Sprintf("walgate_%d", query[uint32](s, `SELECT oid FROM pg_database WHERE datname = current_database()`))
@@ -148,7 +153,7 @@ func (s *source) start() {
 func (s *source) launch() {
 	s.t.Helper()
 	s.bus, s.stats = changelog.NewMemoryBus(), &Stats{}
-	leader := NewLeader(Options{Source: s.pool, ReplicationURL: s.linked, timing: s.timing, Slot: s.slot, Publications: schema.PublicationsFor("walgate"),
+	leader := NewLeader(Options{Source: s.pool, ReplicationURL: s.linked, timing: s.timing, fillRows: s.rows, Slot: s.slot, Publications: schema.PublicationsFor("walgate"),
 		MaxSlotLag: cmp.Or(s.maxLag, 1<<40), Log: s.log, Bus: s.bus, Watcher: s.watcher, Stats: s.stats, Logger: slog.New(slog.NewTextHandler(s.logged, nil))})
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup

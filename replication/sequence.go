@@ -29,6 +29,7 @@ type target struct {
 	binding    *policies.Binding
 	attnums    []int16 // by position in the row; 0: not known any more
 	guarded    bool
+	fill       *fill  // nil: its rows name no attachments
 	stopped    string // why nothing of it is logged
 }
 
@@ -52,6 +53,11 @@ type sequencer struct {
 	fence    bool
 	marks    *marks          // the layout of walgate.pushes; nil: not described yet
 	push     *changelog.Push // whose push the present transaction is; nil: nobody's
+	events   *events         // the layout of walgate.attachments; nil: not described yet
+	fills    map[int32]*fill // of the collections with attachments, by id
+	lastFill int32           // the newest number of any fill
+	onFill   func(collection int32, f fill)
+	pairs    []policies.Pair
 	piece    changelog.Piece
 	arena    []byte
 	scratch  []byte
@@ -87,7 +93,7 @@ func (s *sequencer) begin(m *message) {
 // commit ends the transaction and hands over what is left of it. It says whether anything was handed over.
 func (s *sequencer) commit(m *message) (logged bool, err error) {
 	s.inTx = false
-	if s.tx == 0 && len(s.piece.Raises) == 0 && !s.fence && s.push == nil {
+	if s.tx == 0 && len(s.piece.Raises) == 0 && len(s.piece.Fills) == 0 && !s.fence && s.push == nil {
 		return false, nil
 	}
 	if s.piece.Push = s.push; s.push != nil {
@@ -245,10 +251,10 @@ func (s *sequencer) emit(t *target, old, now schema.Row, changed []byte) error {
 		}
 		delete(s.deleted, deletedKey{t, string(id)})
 	}
-	if len(effects) == 0 {
-		return nil
+	if t.fill != nil {
+		s.refer(t, id, old, now, again.row != nil)
 	}
-	if now == nil {
+	if now == nil && len(effects) > 0 {
 		s.remember(t, id, old, from)
 	}
 	if s.piece.Size >= pieceBytes || len(s.piece.Entries) >= pieceEntries {
@@ -343,13 +349,12 @@ func (s *sequencer) hold(b []byte) []byte {
 // raise adds a change of a collection's state at this place of the order.
 func (s *sequencer) raise(r changelog.Raise) {
 	if r.Reason != "" {
-		millis := s.millis
-		if !s.inTx {
-			millis = 0 // no commit gives a time, and this machine's clock must not run ahead of the source's: the next version
-		}
-		r.Version = s.clock.Next(millis)
+		r.Version = s.stamp()
 	}
 	s.piece.Raises = append(s.piece.Raises, r)
+	if r.Reason != "" && s.fills[r.Collection] != nil {
+		s.startFill(r.Collection) // what the log holds of its documents is as uncertain as what clients hold
+	}
 }
 
 // xidWidener makes 64-bit transaction ids of the 32 bits that the stream carries: the one nearest to a known id.

@@ -370,6 +370,9 @@ func (s *stream) change(ctx context.Context, m *message) error {
 		s.seq.mark(m.new, s.at)
 		return nil
 	}
+	if s.seq.events != nil && m.relation == s.seq.events.relation && m.kind == msgInsert {
+		return s.seq.event(m.new, s.at)
+	}
 	if t == nil || t.stopped != "" {
 		return nil
 	}
@@ -415,6 +418,10 @@ func (s *stream) commit(ctx context.Context, m *message) error {
 func (s *stream) relation(ctx context.Context, r *relation) error {
 	if m := marksOf(r); m != nil {
 		s.seq.marks, s.seq.targets[r.oid] = m, nil
+		return nil
+	}
+	if e := eventsOf(r); e != nil {
+		s.seq.events, s.seq.targets[r.oid] = e, nil
 		return nil
 	}
 	t, err := s.resolve(ctx, r)

@@ -16,6 +16,7 @@ import (
 type tenure struct {
 	leader *Leader
 	stream *stream
+	filler *filler
 	placed sync.Mutex // held while what was found is compared and put in the stream's order: two looks at a time would swap theirs
 	mu     sync.Mutex
 	ids    map[string]changelog.Collection // what the log has stored, by name
@@ -54,6 +55,9 @@ func (t *tenure) resolve(ctx context.Context, r *relation) (*target, error) {
 // bind makes the target of a relation that belongs to a collection.
 func (t *tenure) bind(ctx context.Context, r *relation, c *policies.Collection, id int32) (*target, error) {
 	out := &target{relation: r, collection: c, id: id, guarded: c.HasGuard()}
+	if c.HasAttachments() {
+		out.fill = t.stream.seq.fills[id]
+	}
 	cols, err := t.layout(ctx, r, c.Table)
 	if err != nil {
 		return nil, err
