@@ -515,3 +515,34 @@ func BenchmarkVerify(b *testing.B) {
 		}
 	}
 }
+
+// TestClientClaim: the device is what the configured claim says and nothing without one; a claim that is no text is refused.
+func TestClientClaim(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		path  string
+		claim any
+		want  string
+		code  Code
+	}{
+		{"", "phone", "", ""}, {"device.id", "phone", "phone", ""}, {"device.id", 7, "7", ""}, {"device.id", nil, "", ""},
+		{"device.id", []string{"phone"}, "", InvalidToken}, {"device.id", "", "", InvalidToken}, {"device.id", strings.Repeat("x", maxSubjectSize+1), "", InvalidToken},
+	} {
+		token, err := SignHS256(testSecret, with("device", map[string]any{"id": test.claim}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := authenticator(t, AuthConfig{Secret: testSecret, ClientClaim: test.path})
+		id, err := a.Verify(t.Context(), token)
+		var p *Problem
+		switch {
+		case test.code == "" && (err != nil || id.ClientID != test.want):
+			t.Errorf("%q %v: %+v, %v", test.path, test.claim, id, err)
+		case test.code != "" && (!errors.As(err, &p) || p.Code != test.code):
+			t.Errorf("%q %v: %v, want %s", test.path, test.claim, err, test.code)
+		}
+		if a.NamesClient() != (test.path != "") {
+			t.Errorf("%q: names clients: %v", test.path, a.NamesClient())
+		}
+	}
+}
