@@ -109,7 +109,7 @@ func (g *Gateway) listed(ctx context.Context, c client, f *fileScopes, s manifes
 	if next.hash == s.hash && slices.Equal(next.pages, s.pages) {
 		return nil
 	}
-	_, err := g.o.Source.Exec(ctx, `INSERT INTO walgate.manifests (subject, client_id, scope_hash, whole_from, run_from, pages) VALUES ($1, $2, $3, $4, $5, coalesce($6, '{}'))
+	_, err := g.o.Source.Exec(ctx, `INSERT INTO walgate.manifests (subject, client_id, scope_hash, whole_from, run_from, pages) VALUES ($1, $2, $3, $4, $5, coalesce($6::bigint[], '{}'))
 		ON CONFLICT (subject, client_id) DO UPDATE SET scope_hash = excluded.scope_hash, whole_from = excluded.whole_from, run_from = excluded.run_from,
 			pages = excluded.pages, seen_at = now()`, c.subject, c.id, next.hash, int64(next.wholeFrom), int64(next.runFrom), next.pages)
 	if err != nil {
