@@ -162,13 +162,18 @@ func (g *Gateway) Run(ctx context.Context, l net.Listener) error {
 	hubDone := make(chan error, 1)
 	go func() { hubDone <- g.hub.run(hubCtx) }()
 	served := make(chan error, 1)
-	go func() { served <- g.app.Listener(heardListener{l}) }()
+	go func() {
+		served <- g.app.Listener(heardListener{l})
+		close(served)
+	}()
 	var err error
 	select {
 	case err = <-served:
 	case <-ctx.Done():
 	}
 	g.drain()
+	_ = l.Close() // a server that had not begun to accept when it was shut down would begin now
+	<-served
 	stopHub()
 	<-hubDone
 	if err != nil {

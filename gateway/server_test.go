@@ -1,8 +1,10 @@
 package gateway
 
 import (
+	"context"
 	"encoding/json"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -252,5 +254,22 @@ func TestNotStarted(t *testing.T) {
 	e.get(t, "/sync/pull?since=0", tokenFor(t, "a", nil)).problem(t, NotReady)
 	if got := asProblem(e.g.logProblem(changelog.ErrNotInitialised)); got.Code != NotReady {
 		t.Errorf("%+v", got)
+	}
+}
+
+// TestStoppedBeforeItBegan: a server that is stopped at once doesn't begin to accept afterwards.
+func TestStoppedBeforeItBegan(t *testing.T) {
+	t.Parallel()
+	e := newEnv(t, setup{})
+	stopped, stop := context.WithCancel(t.Context())
+	stop()
+	for range 50 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		ok(t, err)
+		ok(t, New(e.g.o).Run(stopped, l))
+		if c, err := net.Dial("tcp", l.Addr().String()); err == nil {
+			c.Close()
+			t.Fatal("it listens after Run has returned")
+		}
 	}
 }
