@@ -1,21 +1,25 @@
 package changelog
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
 )
 
 // touchedMost is how many touched pairs an open log transaction keeps in memory; more go to a temporary table.
 const touchedMost = 1 << 16
 
 // probingSession makes the appender find by index what attachments need, whatever the statistics say (see probing).
-var probingSession = map[string]string{"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off", "jit": "off"}
+var probingSession = map[string]string{"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off", "jit": "off", "plan_cache_mode": "force_generic_plan"}
 
 // attachments is what the appender keeps of them. What an open log transaction touched is judged once, when it ends: where a
 // reference only moves, nothing is told.
 type attachments struct {
 	newest  map[int32]int32 // fill of each collection
+	bytes   bool            // of any attachment are known
 	touched touches
 	most    int  // of them in memory
 	spilled bool // some are in the temporary table
@@ -40,6 +44,12 @@ func (t *touches) reset() {
 
 func (s *attachments) load(ctx context.Context, conn *pgx.Conn) error {
 	s.newest, s.most = map[int32]int32{}, touchedMost
+	if _, err := conn.Prepare(ctx, touchName, touchStatement); err != nil {
+		return err
+	}
+	if err := conn.QueryRow(ctx, `SELECT EXISTS (SELECT FROM walgate.attachment_bytes)`).Scan(&s.bytes); err != nil {
+		return err
+	}
 	rows, err := conn.Query(ctx, `SELECT collection, max(fill) FROM walgate.attachment_fills GROUP BY collection`)
 	if err != nil {
 		return err
@@ -76,66 +86,113 @@ func (a *Appender) writeAttachments(ctx context.Context, pieces []Piece) error {
 // pair is a reference's key.
 type pair struct{ attachment, scope, document [16]byte }
 
-// writeReferences writes the net effect of the pieces' references.
+// writeReferences writes the net effect of the pieces' references, and touches what they name where its bytes are known.
 func (a *Appender) writeReferences(ctx context.Context, pieces []Piece) error {
-	n := 0
+	n, removals := 0, 0
 	for i := range pieces {
-		n += len(pieces[i].References)
+		for j := range pieces[i].References {
+			if n++; pieces[i].References[j].Removed {
+				removals++
+			}
+		}
 	}
 	if n == 0 {
 		return nil
 	}
-	var removed map[pair]struct{}
-	var gone, added columns
-	added.grow(n)
-	for i := len(pieces) - 1; i >= 0; i-- {
+	var gone map[pair]struct{}
+	if removals > 0 {
+		gone = make(map[pair]struct{}, removals)
+	}
+	adds := 0
+	a.buf = append(a.buf[:0], copyHeader...)
+	for i := len(pieces) - 1; i >= 0; i-- { // from the last: it counts
 		refs := pieces[i].References
-		for j := len(refs) - 1; j >= 0; j-- { // from the last: it counts
+		for j := len(refs) - 1; j >= 0; j-- {
 			r := &refs[j]
-			a.att.touched.add(r.Attachment, r.Scope, r.Version)
-			key := pair{r.Attachment, r.Scope, r.Document}
 			if r.Removed {
-				if removed == nil {
-					removed = map[pair]struct{}{}
-				}
-				if _, ok := removed[key]; !ok {
-					removed[key] = struct{}{}
-					gone.add(r, 0)
-				}
+				gone[pair{r.Attachment, r.Scope, r.Document}] = struct{}{}
 				continue
 			}
-			if removed != nil {
-				if _, ok := removed[key]; ok {
+			if gone != nil {
+				if _, ok := gone[pair{r.Attachment, r.Scope, r.Document}]; ok {
 					continue
 				}
 			}
-			added.add(r, r.Fill)
+			adds++
+			a.buf = appendReferenceRow(a.buf, r)
 		}
 	}
-	b := &pgx.Batch{}
-	if len(gone.fill) > 0 {
-		b.Queue(`DELETE FROM walgate.attachment_references r USING unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS t(attachment, scope, document)
-			WHERE r.attachment = t.attachment AND r.scope = t.scope AND r.document = t.document`, gone.attachment, gone.scope, gone.document)
+	a.buf = append(a.buf, 0xff, 0xff)
+	if removals > 0 {
+		if err := a.removeReferences(ctx, gone); err != nil {
+			return err
+		}
 	}
-	if len(added.fill) > 0 {
-		b.Queue(`INSERT INTO walgate.attachment_references SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::int[])`, added.attachment, added.scope, added.document, added.fill)
+	if adds > 0 {
+		const sql = `COPY walgate.attachment_references (attachment, scope, document, fill) FROM STDIN BINARY`
+		if _, err := a.conn.PgConn().CopyFrom(ctx, bytes.NewReader(a.buf), sql); err != nil {
+			return err
+		}
 	}
-	if err := a.conn.SendBatch(ctx, b).Close(); err != nil {
+	if err := a.touch(ctx, pieces, n); err != nil {
 		return err
 	}
 	return a.spill(ctx)
 }
 
-// columns are references as parameters.
-type columns struct {
-	attachment, scope, document [][16]byte
-	fill                        []int32
+func appendReferenceRow(b []byte, r *Reference) []byte {
+	b = append(b, 0, 4, 0, 0, 0, 16)
+	b = append(b, r.Attachment[:]...)
+	b = append(b, 0, 0, 0, 16)
+	b = append(b, r.Scope[:]...)
+	b = append(b, 0, 0, 0, 16)
+	b = append(b, r.Document[:]...)
+	b = append(b, 0, 0, 0, 4)
+	return binary.BigEndian.AppendUint32(b, uint32(r.Fill))
 }
 
-func (c *columns) grow(n int) {
-	c.attachment, c.scope, c.document, c.fill = make([][16]byte, 0, n), make([][16]byte, 0, n), make([][16]byte, 0, n), make([]int32, 0, n)
+func (a *Appender) removeReferences(ctx context.Context, gone map[pair]struct{}) error {
+	attachments, scopes, documents := make([][16]byte, 0, len(gone)), make([][16]byte, 0, len(gone)), make([][16]byte, 0, len(gone))
+	for k := range gone {
+		attachments, scopes, documents = append(attachments, k.attachment), append(scopes, k.scope), append(documents, k.document)
+	}
+	_, err := a.conn.Exec(ctx, `DELETE FROM walgate.attachment_references r USING unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS t(attachment, scope, document)
+		WHERE r.attachment = t.attachment AND r.scope = t.scope AND r.document = t.document`, attachments, scopes, documents)
+	return err
 }
 
-func (c *columns) add(r *Reference, fill int32) {
-	c.attachment, c.scope, c.document, c.fill = append(c.attachment, r.Attachment), append(c.scope, r.Scope), append(c.document, r.Document), append(c.fill, fill)
+// touchStatement answers the places of those attachments whose bytes somebody sent, ever.
+const touchName, touchStatement = "touch", `SELECT place::int FROM unnest($1::uuid[]) WITH ORDINALITY AS t(key, place)
+	WHERE (SELECT true FROM walgate.attachment_bytes WHERE key = t.key LIMIT 1)`
+
+// touch remembers the pairs of the pieces' n references whose bytes are known. As long as nobody sent any, nothing is asked.
+func (a *Appender) touch(ctx context.Context, pieces []Piece, n int) error {
+	if !a.att.bytes {
+		return nil
+	}
+	be := binary.BigEndian
+	b := append(a.buf[:0], 0, 0, 0, 1, 0, 0, 0, 0) // one dimension, no nulls
+	b = be.AppendUint32(b, pgtype.UUIDOID)
+	b = be.AppendUint32(b, uint32(n))
+	b = append(b, 0, 0, 0, 1)
+	for i := range pieces {
+		for j := range pieces[i].References {
+			b = append(b, 0, 0, 0, 16)
+			b = append(b, pieces[i].References[j].Attachment[:]...)
+		}
+	}
+	a.buf = b
+	answer := a.conn.PgConn().ExecPrepared(ctx, touchName, [][]byte{b}, []int16{1}, []int16{1})
+	i, before := 0, 0 // the piece, and the references before it: places rise
+	for answer.NextRow() {
+		place := int(be32(answer.Values()[0])) - 1
+		for place-before >= len(pieces[i].References) {
+			before += len(pieces[i].References)
+			i++
+		}
+		r := &pieces[i].References[place-before]
+		a.att.touched.add(r.Attachment, r.Scope, r.Version)
+	}
+	_, err := answer.Close()
+	return err
 }

@@ -62,8 +62,8 @@ func (m *modelled) holds(attachment, scope [16]byte) bool {
 	return false
 }
 
-// apply takes one piece into the model; stale says whether the log ignores a fill row.
-func (m *modelled) apply(p *Piece, later []Piece) {
+// apply takes one piece into the model.
+func (m *modelled) apply(p *Piece) {
 	for _, e := range p.Entries {
 		m.changed[string(e.DocID)] = e.Version
 	}
@@ -83,13 +83,6 @@ func (m *modelled) apply(p *Piece, later []Piece) {
 		}
 		for _, row := range s.Rows {
 			newest := m.changed[string(row.DocID)]
-			for i := range later { // the log holds the whole batch's changes by then; those that come set the references anyway
-				for _, e := range later[i].Entries {
-					if bytes.Equal(e.DocID, row.DocID) {
-						newest = max(newest, e.Version)
-					}
-				}
-			}
 			if newest < s.From {
 				for _, r := range row.References {
 					r.Document, r.Fill = row.Document, s.Fill
@@ -149,7 +142,7 @@ func (m *modelled) file(e FileEvent) {
 	}
 	named, _, _ := m.named(e.Key, nil)
 	if !named {
-		m.references[modelledReference{e.Key, e.Home, [16]byte{}, 0}] = true
+		m.references[modelledReference{e.Key, e.Home, [16]byte{}, -1}] = true
 	}
 	if was && e.Event == 'r' {
 		return

@@ -2,7 +2,6 @@ package changelog
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -30,7 +29,6 @@ func (a *Appender) writeFiles(ctx context.Context, files []FileEvent) error {
 type storedBytes struct {
 	event int64
 	fill  int32
-	home  [16]byte
 }
 
 func (a *Appender) storedBytes(ctx context.Context, files []FileEvent) (map[[16]byte]storedBytes, error) {
@@ -40,13 +38,13 @@ func (a *Appender) storedBytes(ctx context.Context, files []FileEvent) (map[[16]
 	}
 	out := map[[16]byte]storedBytes{}
 	rows, err := a.conn.Query(ctx, `SELECT b.* FROM unnest($1::uuid[]) AS t(key)
-		CROSS JOIN LATERAL (SELECT key, event, fill, home FROM walgate.attachment_bytes WHERE key = t.key LIMIT 1) b`, keys)
+		CROSS JOIN LATERAL (SELECT key, event, fill FROM walgate.attachment_bytes WHERE key = t.key LIMIT 1) b`, keys)
 	if err != nil {
 		return nil, err
 	}
 	var key [16]byte
 	var s storedBytes
-	_, err = pgx.ForEachRow(rows, []any{&key, &s.event, &s.fill, &s.home}, func() error { out[key] = s; return nil })
+	_, err = pgx.ForEachRow(rows, []any{&key, &s.event, &s.fill}, func() error { out[key] = s; return nil })
 	return out, err
 }
 
@@ -60,58 +58,29 @@ func (a *Appender) writeEvents(ctx context.Context, files []FileEvent) error {
 	}
 	fill := a.att.newest[0]
 	b := &pgx.Batch{}
-	var uploaded, homes, over, overHomes [][16]byte
 	for i := range files {
 		e := &files[i]
 		old, was := known[e.Key]
 		if was && old.fill == fill && old.event >= e.ID {
 			continue // a fill's row that was read before what the log holds by now
 		}
-		sha := e.SHA256
-		if len(sha) == 0 {
-			sha = nil
-		}
-		b.Queue(`INSERT INTO walgate.attachment_bytes AS b (key, id, event, state, size, content_type, sha256, created_at, home, version, fill)
-			VALUES ($1, $2, $3, $4::text::"char", $5, $6, $7, $8, $9, $10, $11)
-			ON CONFLICT (key) DO UPDATE SET event = excluded.event, state = excluded.state, created_at = CASE WHEN excluded.state = 'u' THEN excluded.created_at ELSE b.created_at END,
-				size = CASE WHEN excluded.state = 'u' THEN excluded.size ELSE b.size END,
-				content_type = CASE WHEN excluded.state = 'u' THEN excluded.content_type ELSE b.content_type END,
-				sha256 = CASE WHEN excluded.state = 'u' THEN excluded.sha256 ELSE b.sha256 END,
-				home = CASE WHEN excluded.state = 'u' THEN excluded.home ELSE b.home END, version = excluded.version, fill = excluded.fill`,
-			e.Key, e.AttachmentID, e.ID, string(rune(e.state())), e.Size, e.ContentType, sha, createdAt(e), e.Home, int64(e.Version), fill)
+		again := was && old.event == e.ID // a fill found what the log holds: who may read it stays
+		b.Queue(writeEventSQL, e.Key, e.AttachmentID, e.ID, string(rune(e.state())), e.Size, e.ContentType, digest(e), createdAt(e), e.Home, int64(e.Version), fill, again)
 		a.att.touched.add(e.Key, [16]byte{}, e.Version)
-		if was && old.event == e.ID {
-			continue // a fill found the upload that the log holds: who may read it stays
-		}
-		if was {
-			over, overHomes = append(over, e.Key), append(overHomes, old.home)
-			a.att.touched.add(e.Key, old.home, e.Version)
-		}
-		if e.state() != FileUploaded {
+		if again || e.state() != FileUploaded || e.Event == FileReturned && was {
 			continue
-		}
-		uploaded, homes = append(uploaded, e.Key), append(homes, e.Home)
-		if e.Event == FileReturned && was {
-			continue // who may read it stays
 		}
 		if was {
 			b.Queue(`DELETE FROM walgate.attachment_withheld WHERE attachment = $1`, e.Key)
 		}
 		if e.Scopes != nil {
-			b.Queue(`INSERT INTO walgate.attachment_withheld SELECT $1, scope FROM `+named("$1")+` n WHERE scope <> ALL ($2::uuid[])`, e.Key, e.Scopes)
+			b.Queue(`INSERT INTO walgate.attachment_withheld SELECT $1, scope FROM `+naming("$1")+` n WHERE scope <> ALL ($2::uuid[])`, e.Key, e.Scopes)
 		}
-	}
-	if len(over) > 0 {
-		b.Queue(`DELETE FROM walgate.attachment_references r USING unnest($1::uuid[], $2::uuid[]) AS t(attachment, scope)
-			WHERE r.attachment = t.attachment AND r.scope = t.scope AND r.document = `+nobody, over, overHomes)
-	}
-	if len(uploaded) > 0 {
-		b.Queue(`INSERT INTO walgate.attachment_references SELECT t.attachment, t.scope, `+nobody+`, 0 FROM unnest($1::uuid[], $2::uuid[]) AS t(attachment, scope)
-			WHERE `+anyReal("t.attachment")+` IS NULL`, uploaded, homes)
 	}
 	if b.Len() == 0 {
 		return nil
 	}
+	a.att.bytes = true
 	if err := a.conn.SendBatch(ctx, b).Close(); err != nil {
 		return err
 	}
@@ -124,6 +93,23 @@ func (e *FileEvent) state() byte {
 		return FileUploaded
 	}
 	return e.Event
+}
+
+// writeEventSQL keeps what a deletion doesn't tell: what it was that is deleted.
+var writeEventSQL = `INSERT INTO walgate.attachment_bytes AS b (key, id, event, state, size, content_type, sha256, created_at, home, version, fill)
+	SELECT $1, $2, $3, $4::text::"char", $5, $6, $7, $8, CASE WHEN $4 = 'u' AND ` + anywhere("$1") + ` IS NULL THEN $9::uuid END, $10, $11
+	ON CONFLICT (key) DO UPDATE SET event = excluded.event, state = excluded.state, version = excluded.version, fill = excluded.fill,
+		home = CASE WHEN $12 THEN b.home ELSE excluded.home END,
+		size = CASE WHEN excluded.state = 'u' THEN excluded.size ELSE b.size END,
+		content_type = CASE WHEN excluded.state = 'u' THEN excluded.content_type ELSE b.content_type END,
+		sha256 = CASE WHEN excluded.state = 'u' THEN excluded.sha256 ELSE b.sha256 END,
+		created_at = CASE WHEN excluded.state = 'u' THEN excluded.created_at ELSE b.created_at END`
+
+func digest(e *FileEvent) []byte {
+	if len(e.SHA256) == 0 {
+		return nil
+	}
+	return e.SHA256
 }
 
 func createdAt(e *FileEvent) time.Time {
@@ -180,8 +166,8 @@ func (a *Appender) writeFillRows(ctx context.Context, s *FillStep) error {
 		ids[i], hashes[i] = string(s.Rows[i].DocID), documentHash(s.Collection, s.Rows[i].DocID)
 	}
 	rows, err := a.conn.Query(ctx, `SELECT place FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS t(doc_id, document, place)
-		WHERE (SELECT true FROM walgate.changes c WHERE c.document = t.document AND c.version >= $3 AND c.collection = $4 AND c.doc_id = t.doc_id LIMIT 1)`,
-		ids, hashes, int64(s.From), s.Collection)
+		WHERE (SELECT true FROM walgate.changes c WHERE c.document = t.document AND c.version >= $3 AND c.version < $5 AND c.collection = $4 AND c.doc_id = t.doc_id LIMIT 1)`,
+		ids, hashes, int64(s.From), s.Collection, int64(s.Version))
 	if err != nil {
 		return err
 	}
@@ -211,24 +197,15 @@ func (a *Appender) writeFillRows(ctx context.Context, s *FillStep) error {
 func (a *Appender) sweep(ctx context.Context, s *FillStep) error {
 	const blocks = ` WHERE ctid >= format('(%s,0)', $1::bigint)::tid AND ctid < format('(%s,0)', $2::bigint)::tid `
 	if s.Collection == 0 {
-		rows, err := a.conn.Query(ctx, `UPDATE walgate.attachment_bytes SET state = 'd', version = $4`+blocks+`AND fill <> $3 AND state <> 'd' RETURNING key, home`, s.SweepFrom, s.SweepTo, s.Fill, int64(s.Version))
+		rows, err := a.conn.Query(ctx, `UPDATE walgate.attachment_bytes SET state = 'd', version = $4`+blocks+`AND fill <> $3 AND state <> 'd' RETURNING key`, s.SweepFrom, s.SweepTo, s.Fill, int64(s.Version))
 		if err != nil {
 			return err
 		}
-		var key, home [16]byte
-		var keys, homes [][16]byte
-		if _, err = pgx.ForEachRow(rows, []any{&key, &home}, func() error {
-			keys, homes = append(keys, key), append(homes, home)
-			a.att.touched.add(key, [16]byte{}, s.Version)
-			return nil
-		}); err != nil {
+		var key [16]byte
+		if _, err = pgx.ForEachRow(rows, []any{&key}, func() error { a.att.touched.add(key, [16]byte{}, s.Version); return nil }); err != nil {
 			return err
 		}
-		if len(keys) > 0 {
-			_, err = a.conn.Exec(ctx, `DELETE FROM walgate.attachment_references r USING unnest($1::uuid[], $2::uuid[]) AS t(attachment, scope)
-				WHERE r.attachment = t.attachment AND r.scope = t.scope AND r.document = `+nobody, keys, homes)
-		}
-		return errors.Join(err, a.spill(ctx))
+		return a.spill(ctx)
 	}
 	rows, err := a.conn.Query(ctx, `DELETE FROM walgate.attachment_references`+blocks+`AND fill = ANY ($3::int[]) RETURNING attachment, scope`, s.SweepFrom, s.SweepTo, s.Stale)
 	if err != nil {

@@ -22,29 +22,20 @@ func queueProbing(b *pgx.Batch) {
 	}
 }
 
-// nobody is the document of an upload that no row names.
-const nobody = `'00000000-0000-0000-0000-000000000000'::uuid`
-
 // heldSQL asks for one scope after another, never for all documents of one: an attachment may be named by millions.
-const heldSQL = `SELECT
-	EXISTS (SELECT FROM walgate.attachment_references WHERE attachment = a.key AND document > ` + nobody + `),
-	coalesce(w.real, false), coalesce(o.is, false),
-	coalesce(w.readable, false) AND coalesce(b.state = 'u', false), coalesce(w.readable, false) OR EXISTS (
-		SELECT FROM unnest($2::uuid[]) AS s(key) JOIN walgate.attachment_operations h ON h.attachment = a.key AND h.scope = s.key
-		WHERE h.version > b.version AND NOT EXISTS (SELECT FROM walgate.attachment_withheld WHERE attachment = a.key AND scope = s.key))
+var heldSQL = `SELECT
+	EXISTS (SELECT FROM walgate.attachment_references WHERE attachment = a.key),
+	coalesce(w.named, false), coalesce(o.is, false),
+	coalesce(b.state = 'u' AND (w.readable OR b.home = ANY ($2::uuid[])), false),
+	coalesce(w.readable OR b.home = ANY ($2::uuid[]), false) OR EXISTS (
+		SELECT FROM unnest($2::uuid[]) AS s(key) CROSS JOIN LATERAL (SELECT version FROM walgate.attachment_operations WHERE attachment = a.key AND scope = s.key LIMIT 1) h
+		WHERE h.version > b.version AND (SELECT true FROM walgate.attachment_withheld WHERE attachment = a.key AND scope = s.key LIMIT 1) IS NULL)
 	FROM unnest($1::uuid[]) WITH ORDINALITY AS a(key, place)
-	LEFT JOIN walgate.attachment_bytes b ON b.key = a.key
-	LEFT JOIN LATERAL (
-		SELECT bool_or(r.document > ` + nobody + `) AS real, bool_or(NOT EXISTS (SELECT FROM walgate.attachment_withheld WHERE attachment = a.key AND scope = s.key)) AS readable
-		FROM unnest($2::uuid[]) AS s(key) CROSS JOIN LATERAL (
-			SELECT document FROM walgate.attachment_references WHERE attachment = a.key AND scope = s.key ORDER BY document DESC LIMIT 1) r) w ON true
-	LEFT JOIN LATERAL (
-		WITH RECURSIVE named AS (
-			(SELECT scope FROM walgate.attachment_references WHERE attachment = a.key AND document > ` + nobody + ` ORDER BY attachment, scope LIMIT 1)
-			UNION ALL
-			SELECT n.scope FROM named CROSS JOIN LATERAL (SELECT scope FROM walgate.attachment_references
-				WHERE attachment = a.key AND scope > named.scope AND document > ` + nobody + ` ORDER BY attachment, scope LIMIT 1) n)
-		SELECT true AS is FROM named WHERE scope <> ALL ($2::uuid[]) LIMIT 1) o ON true
+	LEFT JOIN LATERAL (SELECT state, home, version FROM walgate.attachment_bytes WHERE key = a.key LIMIT 1) b ON true
+	CROSS JOIN LATERAL (
+		SELECT bool_or(true) AS named, coalesce(bool_or((SELECT true FROM walgate.attachment_withheld WHERE attachment = a.key AND scope = s.key LIMIT 1) IS NULL), false) AS readable
+		FROM unnest($2::uuid[]) AS s(key) WHERE ` + named("a.key", "s.key") + `) w
+	LEFT JOIN LATERAL (SELECT true AS is FROM ` + naming("a.key") + ` n WHERE scope <> ALL ($2::uuid[]) LIMIT 1) o ON true
 	ORDER BY a.place`
 
 // Held says how each of the attachments stands to the scopes, all in one snapshot.

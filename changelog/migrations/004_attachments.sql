@@ -5,7 +5,7 @@
 CREATE TABLE walgate.attachment_references (
     attachment uuid    NOT NULL,                  -- hash of the attachment's id
     scope      uuid    NOT NULL,
-    document   uuid    NOT NULL,                  -- hash of collection and doc_id; zero: an upload that no row names yet
+    document   uuid    NOT NULL,                  -- hash of collection and doc_id
     fill       integer NOT NULL                   -- the collection's fill under which it was written
 );
 CREATE INDEX attachment_references_key ON walgate.attachment_references (attachment, scope, document);
@@ -20,7 +20,7 @@ CREATE TABLE walgate.attachment_bytes (
     content_type text   NOT NULL,
     sha256       bytea,
     created_at   timestamptz NOT NULL,
-    home         uuid   NOT NULL,                 -- the scope of its uploader, for as long as no row names it
+    home         uuid,                            -- the scope of its uploader, which holds it until the first row names it
     version      bigint NOT NULL,
     fill         integer NOT NULL                 -- the fill of the bytes under which it was written
 );

@@ -1,0 +1,82 @@
+package changelog
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+func hashed(kind string, n int) [16]byte {
+	sum := sha256.Sum256(binary.BigEndian.AppendUint64([]byte(kind), uint64(n)))
+	return [16]byte(sum[:])
+}
+
+// BenchmarkAppendReferences is BenchmarkAppend where each inserted row names one attachment, whose bytes nobody sent yet or, half
+// of them, somebody did before.
+func BenchmarkAppendReferences(b *testing.B) {
+	for _, kind := range []string{"none", "unknown", "uploaded"} {
+		for _, group := range []int{1, 100, 2000} {
+			b.Run(fmt.Sprintf("bytes=%s/transactions=%d", kind, group), func(b *testing.B) {
+				l, dsn := newLog(b)
+				a, c := lead(b, l, testClaim())
+				bulkReferences(b, dsn, 1_000_000)
+				clock, lsn := NewClock(c.Version), LSN(100)
+				data := []byte(`{"id":1,"title":"` + strings.Repeat("x", 180) + `"}`)
+				pieces := make([]Piece, group)
+				n := 0
+				b.ReportAllocs()
+				for b.Loop() {
+					for i := range pieces {
+						v := clock.Next(time.Now().UnixMilli())
+						lsn++
+						n++
+						pieces[i] = transaction(lsn, Entry{Version: v, Tx: v, Scope: scope(byte(i)), Collection: 1, Op: 'u', DocID: []byte("1"), Data: data})
+						switch r := (Reference{Attachment: hashed("new", n), Scope: scope(byte(i)), Document: hashed("document", n), Version: v}); kind {
+						case "uploaded":
+							r.Attachment = hashed("a", n%1_000_000)
+							fallthrough
+						case "unknown":
+							pieces[i].References = []Reference{r}
+						}
+					}
+					if err := a.append(b.Context(), pieces); err != nil {
+						b.Fatal(err)
+					}
+				}
+				b.ReportMetric(float64(group)*float64(b.N)/b.Elapsed().Seconds(), "tx/s")
+			})
+		}
+	}
+}
+
+// bulkReferences fills the tables with n attachments of 1,000 scopes, without telling the planner.
+func bulkReferences(t testing.TB, dsn string, n int) {
+	conn := session(t, dsn)
+	mustExec(t, conn, `ALTER TABLE walgate.attachment_references SET (autovacuum_enabled = off)`, `ALTER TABLE walgate.attachment_bytes SET (autovacuum_enabled = off)`,
+		`ALTER TABLE walgate.attachment_operations SET (autovacuum_enabled = off)`)
+	now := time.Now()
+	for table, row := range map[string]func(i int) []any{
+		"attachment_references": func(i int) []any { return []any{hashed("a", i), hashed("s", i%1000), hashed("d", i), int32(0)} },
+		"attachment_bytes": func(i int) []any {
+			return []any{hashed("a", i), fmt.Sprint("photo", i), int64(i), "u", int64(i), "image/png", []byte{1}, now, hashed("h", i), int64(i), int32(0)}
+		},
+		"attachment_operations": func(i int) []any {
+			return []any{hashed("a", i), hashed("s", i%1000), int64(i), "u", fmt.Sprint("photo", i), int64(i), "image/png", []byte{1}, now}
+		},
+	} {
+		columns := map[string][]string{"attachment_references": {"attachment", "scope", "document", "fill"},
+			"attachment_bytes":      {"key", "id", "event", "state", "size", "content_type", "sha256", "created_at", "home", "version", "fill"},
+			"attachment_operations": {"attachment", "scope", "version", "op", "id", "size", "content_type", "sha256", "created_at"}}[table]
+		for at := 0; at < n; at += 100_000 {
+			if _, err := conn.CopyFrom(context.Background(), pgx.Identifier{"walgate", table}, columns, pgx.CopyFromSlice(min(100_000, n-at), func(i int) ([]any, error) { return row(at + i), nil })); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
