@@ -351,6 +351,11 @@ func (x *pushTx) applyRun(ctx context.Context, run []*pending) error {
 		if err := x.examine(&works[i], rows[i]); err != nil {
 			return err
 		}
+	}
+	if err := x.examineAttachments(ctx, works, writes, rows); err != nil {
+		return err
+	}
+	for i := range works {
 		if later && works[i].c.result.status != policies.Rejected {
 			x.written, x.rows = append(x.written, works[i]), append(x.rows, rows[i])
 		}

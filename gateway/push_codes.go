@@ -15,6 +15,7 @@ const (
 	codeOutOfScope        = "out_of_scope"
 	codeCheckFailed       = "check_failed"
 	codeBatchRejected     = "batch_rejected"
+	codeAttachmentMissing = "attachment_missing"
 )
 
 // pushOutcome is one row of the table of what a pushed change can be rejected with.
@@ -45,6 +46,7 @@ var pushOutcomes = []pushOutcome{
 	{codeCheckFailed, false, "The row breaks a rule for writing to the collection", "Correct the values."},
 	{schema.CodeUniqueViolation, false, "Another row has the key, or a value that must be unique", "Merge with `document` if there is one; else choose another value."},
 	{schema.CodeForeignKeyMissing, true, "A row that is referred to doesn't exist for this caller", "Push the parent first, or with it; then repeat."},
+	{codeAttachmentMissing, false, "The row would name an attachment that doesn't exist for this caller", "Drop the reference; or upload the file under an id of its own."},
 	{schema.CodeStillReferenced, false, "Other rows refer to the row", "Delete those first."},
 	{schema.CodeCheckViolation, false, "The row breaks a rule of its table", "Correct the values."},
 	{schema.CodeNotNull, false, "A column that needs a value has none", "Send the value."},
