@@ -81,6 +81,15 @@ func TestBlobStoreRefused(t *testing.T) {
 		t.Error("something was prepared before the blob store was found wanting")
 	}
 	blobs := filepath.Join(t.TempDir(), "blobs")
+	if err := os.WriteFile(filepath.Join(filepath.Dir(blobs), "walgate-probe"), nil, 0o600); err != nil { // a directory that is there, but can't take what is tried
+		t.Fatal(err)
+	}
+	cfg = config("file://"+filepath.Dir(blobs), with)
+	ctx, cancel := context.WithTimeout(t.Context(), refuseWait)
+	defer cancel()
+	if err := serve(ctx, cfg, newLogger(cfg, t.Output()), nil); err == nil || !strings.Contains(err.Error(), "blobs.url: found a blob store that can't be used") {
+		t.Errorf("serve where nothing can be written: %v", err)
+	}
 	serveOnce(t, config("file://"+blobs, without))
 	if _, err := os.Stat(blobs); !os.IsNotExist(err) {
 		t.Errorf("the directory that nobody needs: %v", err)

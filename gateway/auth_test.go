@@ -528,7 +528,7 @@ func TestClientClaim(t *testing.T) {
 		{"", "phone", "", ""}, {"device.id", "phone", "phone", ""}, {"device.id", 7, "7", ""}, {"device.id", nil, "", ""},
 		{"device.id", []string{"phone"}, "", InvalidToken}, {"device.id", "", "", InvalidToken}, {"device.id", strings.Repeat("x", maxSubjectSize+1), "", InvalidToken},
 	} {
-		token, err := SignHS256(testSecret, with("device", map[string]any{"id": test.claim}))
+		token, err := SignHS256(testSecret, with("device", map[string]any{"id": test.claim}, "", "a claim without a name"))
 		if err != nil {
 			t.Fatal(err)
 		}

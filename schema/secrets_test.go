@@ -53,4 +53,23 @@ func TestSigningKey(t *testing.T) {
 	if second := together(); bytes.Equal(first, second) {
 		t.Error("a deleted key is made anew as it was")
 	}
+	// Another instance is making it: its key is waited for and taken.
+	mustExec(t, conn.Conn(), `DELETE FROM walgate.secrets`, `BEGIN`, `INSERT INTO walgate.secrets VALUES ('signing_key', 'theirs')`)
+	got := make(chan []byte, 1)
+	go func() {
+		key, err := SigningKey(t.Context(), pool)
+		if err != nil {
+			t.Error(err)
+		}
+		got <- key
+	}()
+	for waiting := false; !waiting; {
+		if err := pool.QueryRow(t.Context(), `SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%walgate.secrets%')`).Scan(&waiting); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mustExec(t, conn.Conn(), `COMMIT`)
+	if key := <-got; string(key) != "theirs" {
+		t.Errorf("got %x, not the key that was being made", key)
+	}
 }
