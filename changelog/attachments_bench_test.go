@@ -87,7 +87,7 @@ func bulkReferences(t testing.TB, dsn string, n int) {
 			return []any{hashed("a", i), fmt.Sprint("photo", i), int64(i), "u", int64(i), "image/png", []byte{1}, now, hashed("h", i), int64(i), int32(0)}
 		},
 		"attachment_operations": func(i int) []any {
-			return []any{hashed("a", i), hashed("s", i%1000), int64(i), "u", fmt.Sprint("photo", i), int64(i), "image/png", []byte{1}, now}
+			return []any{hashed("a", i), hashed("s", i%1000), int64(i + 1), "u", fmt.Sprint("photo", i), int64(i), "image/png", []byte{1}, now}
 		},
 	} {
 		columns := map[string][]string{"attachment_references": {"attachment", "scope", "document", "fill"},
@@ -98,5 +98,27 @@ func bulkReferences(t testing.TB, dsn string, n int) {
 				t.Fatal(err)
 			}
 		}
+	}
+}
+
+// BenchmarkOperations reads 10,000 operations of a million, right after they were loaded and as nobody has looked at them.
+func BenchmarkOperations(b *testing.B) {
+	l, dsn := newLog(b)
+	lead(b, l, testClaim())
+	bulkReferences(b, dsn, 1_000_000)
+	mustExec(b, session(b, dsn), `UPDATE walgate.checkpoint SET version = 2000000`)
+	for _, n := range []int{1, 10, 1000} {
+		var scopes [][16]byte
+		for i := range n {
+			scopes = append(scopes, hashed("s", i))
+		}
+		b.Run(fmt.Sprintf("scopes=%d", n), func(b *testing.B) {
+			for b.Loop() {
+				p, err := l.Operations(b.Context(), OperationsRequest{Scopes: scopes, Limit: 10_000})
+				if err != nil || len(p.Operations) < min(9_000, 1000*n) {
+					b.Fatalf("%+v (%v)", len(p.Operations), err)
+				}
+			}
+		})
 	}
 }

@@ -2,23 +2,35 @@ package changelog
 
 import (
 	"context"
+	"fmt"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 )
 
-// operationsSQL merges the scopes' index ranges and keeps, of what it found first, the latest of each attachment over all
-// scopes asked for. One that is named in very many scopes is looked up scope by scope.
-const operationsSQL = `SELECT c.version, c.attachment, c.scope, c.id, CASE WHEN n.held THEN 'u' ELSE 'd' END, c.size, c.content_type, c.sha256, c.created_at,
-		c.version = n.version AND c.scope = n.scope
-	FROM (SELECT x.* FROM unnest($1::uuid[]) AS s(key) CROSS JOIN LATERAL (
-			SELECT * FROM walgate.attachment_operations o
-			WHERE o.scope = s.key AND o.version > $2 AND o.version <= least((SELECT version FROM walgate.checkpoint), $3)
-			ORDER BY o.scope, o.version LIMIT $4) x
-		ORDER BY x.version LIMIT $4) c
-	CROSS JOIN LATERAL (
-		SELECT max(p.version) AS version, bool_or(p.op = 'u') AS held, (array_agg(p.scope ORDER BY p.version DESC, p.op = 'u' DESC, p.scope))[1] AS scope
-		FROM walgate.attachment_operations p WHERE p.attachment = c.attachment AND p.scope = ANY ($1)) n
-	ORDER BY c.version, c.attachment`
+// operationsSQL merges the scopes' index ranges: of each it reads a share of the page, and goes no further than the first end
+// of a share. Of what it found it keeps the latest of each attachment over all scopes asked for, which latest says.
+func operationsSQL(latest string) string {
+	return `WITH x AS MATERIALIZED (SELECT o.* FROM unnest($1::uuid[]) AS s(key) CROSS JOIN LATERAL (
+		SELECT * FROM walgate.attachment_operations
+		WHERE scope = s.key AND version > $2 AND version <= least((SELECT version FROM walgate.checkpoint), $3)
+		ORDER BY scope, version LIMIT $4) o),
+	bound AS (SELECT coalesce(min(version), 0) AS version FROM (SELECT max(version) AS version FROM x GROUP BY scope HAVING count(*) >= $4) e)
+	SELECT c.version, c.attachment, c.scope, c.id, CASE WHEN n.held THEN 'u' ELSE 'd' END, c.size, c.content_type, c.sha256, c.created_at,
+		c.version = n.version AND c.scope = n.scope, bound.version
+	FROM bound LEFT JOIN (SELECT * FROM x WHERE version < coalesce((SELECT nullif(version, 0) FROM bound), $3 + 1) ORDER BY version LIMIT $5) c ON true
+	LEFT JOIN LATERAL ` + latest + ` n ON true
+	ORDER BY c.version, c.attachment, c.scope`
+}
+
+const latestColumns = `max(version) AS version, bool_or(op = 'u') AS held, (array_agg(scope ORDER BY version DESC, op = 'u' DESC, scope))[1] AS scope`
+
+// Most attachments are in few scopes, of which those asked for are picked; where there are more, each scope is looked up.
+var operationsOfOne, operationsOfMany = operationsSQL(`(SELECT c.version, c.op = 'u' AS held, c.scope)`),
+	operationsSQL(`(WITH near AS MATERIALIZED (SELECT version, op, scope FROM walgate.attachment_operations WHERE attachment = c.attachment LIMIT 256)
+		SELECT ` + latestColumns + ` FROM near WHERE (scope = ANY ($1)) IS TRUE HAVING (SELECT count(*) FROM near) < 256
+		UNION ALL SELECT ` + latestColumns + ` FROM walgate.attachment_operations WHERE attachment = c.attachment AND scope = ANY ($1)
+			AND (SELECT count(*) FROM near) >= 256 HAVING (SELECT count(*) FROM near) >= 256)`)
 
 const operationsFloorSQL = `SELECT greatest(attachments_floor, floor) FROM walgate.checkpoint`
 
@@ -32,8 +44,9 @@ func (l *Log) Operations(ctx context.Context, r OperationsRequest) (*OperationsP
 	if r.Scopes == nil {
 		r.Scopes = [][16]byte{}
 	}
-	for limit := max(r.Limit, 1); ; limit *= 2 {
-		p, whole, err := l.operations(ctx, r, limit)
+	limit := max(r.Limit, 1)
+	for share := max(16, 2*limit/max(len(r.Scopes), 1)); ; limit, share = 2*limit, 2*share {
+		p, whole, err := l.operations(ctx, r, limit, share)
 		if err != nil || whole {
 			return p, err
 		}
@@ -41,21 +54,36 @@ func (l *Log) Operations(ctx context.Context, r OperationsRequest) (*OperationsP
 }
 
 // operations returns a page of at most limit operations, and whether it holds a whole version.
-func (l *Log) operations(ctx context.Context, r OperationsRequest, limit int) (*OperationsPage, bool, error) {
+func (l *Log) operations(ctx context.Context, r OperationsRequest, limit, share int) (*OperationsPage, bool, error) {
 	p := &OperationsPage{}
 	var latest []bool
+	var bound Version // 0, or the first version that isn't read to its end
+	sql := operationsOfMany
+	if len(r.Scopes) == 1 {
+		sql = operationsOfOne
+	}
 	b := &pgx.Batch{}
 	queueProbing(b)
-	b.Queue(operationsSQL, r.Scopes, int64(r.Since), int64(r.Until), limit+1).Query(func(rows pgx.Rows) (err error) {
-		p.Operations, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (o Operation, err error) {
-			var op string
-			var last bool
-			err = r.Scan(&o.Version, &o.Attachment, &o.Scope, &o.ID, &op, &o.Size, &o.ContentType, &o.SHA256, &o.CreatedAt, &last)
-			o.Delete = op == "d"
-			latest = append(latest, last)
-			return o, err
-		})
-		return err
+	b.Queue(sql, r.Scopes, int64(r.Since), int64(r.Until), share, limit+1).Query(func(rows pgx.Rows) error {
+		for rows.Next() {
+			var version *Version
+			var attachment, scope *[16]byte
+			var id, op, contentType *string
+			var size *int64
+			var created *time.Time
+			var last *bool
+			var o Operation
+			if err := rows.Scan(&version, &attachment, &scope, &id, &op, &size, &contentType, &o.SHA256, &created, &last, &bound); err != nil {
+				return err
+			}
+			if version == nil {
+				continue // only the bound
+			}
+			o.Version, o.Attachment, o.Scope, o.ID, o.Delete, o.Size, o.ContentType, o.CreatedAt = *version, *attachment, *scope, *id, *op == "d", *size, *contentType, *created
+			p.Operations = append(p.Operations, o)
+			latest = append(latest, *last)
+		}
+		return rows.Err()
 	})
 	b.Queue(operationsFloorSQL).QueryRow(func(r pgx.Row) error { return r.Scan(&p.Floor) })
 	b.Queue(filledSQL).Query(func(rows pgx.Rows) (err error) {
@@ -69,6 +97,12 @@ func (l *Log) operations(ctx context.Context, r OperationsRequest, limit int) (*
 	}
 	p.Last = max(min(p.Head.Version, r.Until), r.Since)
 	n := len(p.Operations)
+	if bound != 0 {
+		if n == 0 {
+			return nil, false, nil
+		}
+		p.Last, p.More = bound-1, true
+	}
 	if n > limit { // the last one only shows that there is more
 		next := p.Operations[n-1].Version
 		for n > 0 && p.Operations[n-1].Version == next {
@@ -110,4 +144,38 @@ func (l *Log) addOperations(ctx context.Context, p *Page, since Version, limit i
 		p.Pushes = p.Pushes[:n]
 	}
 	return nil
+}
+
+// expiredAtOnce is how many delete operations one statement of expireOperations drops.
+const expiredAtOnce = 10_000
+
+// expireOperations drops the delete operations that the longest retention has passed. The floor rises first: who comes from below
+// it is told to begin anew, and a read that began before still sees both as they were.
+func expireOperations(ctx context.Context, conn *pgx.Conn, now time.Time) error {
+	var longest time.Duration
+	if err := conn.QueryRow(ctx, `SELECT coalesce(max(retention), interval '0') FROM walgate.collections WHERE fingerprint <> ''`).Scan(&longest); err != nil {
+		return err
+	}
+	cut := VersionAt(now.Add(-longest))
+	if longest == 0 || cut <= 0 {
+		return nil
+	}
+	raised, err := conn.Exec(ctx, `UPDATE walgate.checkpoint SET attachments_floor = $1 WHERE attachments_floor < $1
+		AND EXISTS (SELECT FROM walgate.attachment_operations WHERE op = 'd' AND version <= $1)`, int64(cut))
+	if err != nil {
+		return fmt.Errorf("raise the floor of attachments by retention: %w", err)
+	}
+	if raised.RowsAffected() == 0 {
+		return nil
+	}
+	for {
+		dropped, err := conn.Exec(ctx, `DELETE FROM walgate.attachment_operations WHERE op = 'd' AND version <= $1 AND ctid = ANY (ARRAY(
+			SELECT ctid FROM walgate.attachment_operations WHERE op = 'd' AND version <= $1 ORDER BY version LIMIT $2))`, int64(cut), expiredAtOnce)
+		if err != nil {
+			return fmt.Errorf("drop expired operations of attachments: %w", err)
+		}
+		if dropped.RowsAffected() < expiredAtOnce {
+			return nil
+		}
+	}
 }

@@ -85,7 +85,7 @@ func (p *partitions) ensure(ctx context.Context, conn *pgx.Conn, v Version) erro
 // Expire applies retention. First it drops the partitions that end at or below droppable, which the previous call
 // returned: their floors were committed then, and reads that began before have ended if the calls lie further apart than
 // the longest read. Then it raises the floor of each collection to the end of the newest partition that its retention
-// has passed. now is the physical time of the newest version, not this machine's clock.
+// has passed. Delete operations of attachments go with the longest retention. now is the physical time of the newest version, not this machine's clock.
 func (l *Log) Expire(ctx context.Context, now time.Time, droppable Version) (next Version, dropped []string, err error) {
 	conn, err := l.pool.Acquire(ctx)
 	if err != nil {
@@ -107,6 +107,9 @@ func (l *Log) Expire(ctx context.Context, now time.Time, droppable Version) (nex
 		}
 		dropped = append(dropped, partitionName("changes", lowers[0]))
 		lowers = lowers[1:]
+	}
+	if err := expireOperations(ctx, conn.Conn(), now); err != nil {
+		return 0, dropped, err
 	}
 	next, err = raiseByRetention(ctx, conn.Conn(), now, lowers)
 	return next, dropped, err
