@@ -41,12 +41,16 @@ func newCommand() *cobra.Command {
 		}
 		return cfg, err
 	}
-	root.AddCommand(serveCommand(load), initCommand(load), uninstallCommand(load), tokenCommand(load),
+	root.AddCommand(serveCommand(load), initCommand(load), uninstallCommand(load), attachmentsCommand(load), tokenCommand(load),
 		&cobra.Command{Use: "version", Short: "Print the version", Args: cobra.NoArgs, Run: func(c *cobra.Command, _ []string) {
 			fmt.Fprintln(c.OutOrStdout(), version)
 		}},
 		newDemoCommand(demoServing, demoSigning))
-	for _, c := range append(root.Commands(), root) {
+	all := append(root.Commands(), root)
+	for _, c := range root.Commands() {
+		all = append(all, c.Commands()...)
+	}
+	for _, c := range all {
 		if check := c.Args; check != nil {
 			c.Args = func(c *cobra.Command, args []string) error {
 				if err := check(c, args); err != nil {

@@ -56,7 +56,13 @@ func serve(ctx context.Context, cfg *Config, logger *slog.Logger, ready chan<- s
 		Source: p.source, ReplicationURL: cfg.replicationURL(), Slot: cfg.Replication.Slot, Publications: p.publications,
 		ConfigRevision: cfg.Revision, MaxSlotLag: int64(cfg.Limits.MaxSlotLag), PushRetention: cfg.Push.IdempotencyRetention, Log: p.log, Bus: bus, Watcher: p.watcher, Stats: &stats, Logger: logger,
 	})
-	gw := gateway.New(gatewayOptions(cfg, p, bus, auth, &stats, logger))
+	options := gatewayOptions(cfg, p, bus, auth, &stats, logger)
+	var attachments *careLoop
+	if care := p.newCare(cfg, logger); care != nil {
+		attachments = &careLoop{care: care, logger: logger}
+		options.Collectors = append(options.Collectors, attachments)
+	}
+	gw := gateway.New(options)
 	listener, scheme, err := listen(cfg)
 	if err != nil {
 		return err
@@ -75,6 +81,9 @@ func serve(ctx context.Context, cfg *Config, logger *slog.Logger, ready chan<- s
 	})
 	g.Go(func() error { return leader.Run(working) })    // the slot: stream, appender, care
 	g.Go(func() error { return p.watcher.Run(working) }) // the source's catalog
+	if attachments != nil {
+		g.Go(func() error { return attachments.run(serving) }) // files that no row needs; a round is cut off at any point
+	}
 	err = g.Wait()
 	logger.Info("stopped")
 	return err

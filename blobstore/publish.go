@@ -7,6 +7,8 @@ import (
 	"fmt"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/walgate/walgate/internal/failpoint"
 )
 
 // Outcome is what became of an upload.
@@ -42,6 +44,7 @@ type Published struct {
 // Publish makes a file of an upload, in one transaction with the event that tells the stream. Of several uploads to one id
 // exactly one is first, and the others are Same or Conflict; call Release after those (always, it does no harm).
 func (r *Records) Publish(ctx context.Context, p Publishing) (done Published, err error) {
+	failpoint.Here(failpoint.BytesWritten)
 	err = r.inTransaction(ctx, "publish an upload", func(tx pgx.Tx) error {
 		done = Published{}
 		old, err := lockFile(ctx, tx, p.Upload.AttachmentID)

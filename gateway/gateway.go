@@ -14,6 +14,7 @@ import (
 
 	"github.com/gofiber/fiber/v2"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/semaphore"
 
 	"github.com/walgate/walgate/blobstore"
@@ -62,6 +63,8 @@ type Options struct {
 	AttachmentSigningKey  []byte             // of download URLs
 	AttachmentDirect      bool               // clients may be sent to the bucket
 	UploadTTL             time.Duration      // how long an unfinished upload is kept
+
+	Collectors []prometheus.Collector // whose metrics are served with the gateway's own
 }
 
 // SourceStatus is what an operator wants to know of replication.
