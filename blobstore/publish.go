@@ -57,6 +57,11 @@ func (r *Records) Publish(ctx context.Context, p Publishing) (done Published, er
 		}
 		if done.Outcome = decide(old, p); done.Outcome == Same || done.Outcome == Conflict {
 			done.File = old
+			if done.Outcome == Same { // as young as if it were new: its row may come yet
+				if _, err := tx.Exec(ctx, `UPDATE walgate.files SET unreferenced_since = NULL WHERE attachment_id = $1`, u.AttachmentID); err != nil {
+					return err
+				}
+			}
 			_, err := tx.Exec(ctx, `UPDATE walgate.uploads SET kind = 'gone', expires_at = now() WHERE id = $1::text::uuid`, u.ID)
 			return err
 		}

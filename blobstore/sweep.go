@@ -1,6 +1,7 @@
 package blobstore
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -131,6 +132,9 @@ func (r *round) namedNow(ctx context.Context, list []record) (yes, no []record, 
 	}
 	if err := r.c.o.References.Pass(ctx); err != nil {
 		return nil, nil, err
+	}
+	if why, err := r.c.o.References.Unfilled(ctx); err != nil || why != "" { // rows may come that were never looked through
+		return nil, nil, cmp.Or(err, errors.New(why))
 	}
 	return r.named(ctx, list)
 }
@@ -333,6 +337,7 @@ func (r *round) delete(ctx context.Context) error {
 	return r.each(ctx, `state <> 'd' AND unreferenced_since < now() - $1::interval`, actBatch, func(ctx context.Context, list []record) error {
 		defer failpoint.Here(failpoint.FileDeleted)
 		return r.acting(ctx, list, func(ctx context.Context, list []record) error {
+			list = slices.DeleteFunc(list, func(f record) bool { return !f.Due }) // uploaded anew meanwhile
 			named, not, err := r.namedNow(ctx, list)
 			if err == nil {
 				err = r.mark(ctx, nil, ids(named))
