@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"log/slog"
 	"strings"
 	"sync"
@@ -300,48 +299,6 @@ func (c *caring) dump() string {
 		fmt.Fprintln(&b, o.Key, o.Size, o.ModTime)
 	}
 	return b.String()
-}
-
-// faulty is a store with faults.
-type faulty struct {
-	objects
-	onList   func(n int) error // before the n-th object
-	onSize   func(key string) error
-	onDelete func(key string) error
-	after    []string // from where it was listed
-}
-
-func (f *faulty) List(ctx context.Context, after string) iter.Seq2[Object, error] {
-	f.after = append(f.after, after)
-	return func(yield func(Object, error) bool) {
-		n := 0
-		for o, err := range f.objects.List(ctx, after) {
-			if n++; err == nil && f.onList != nil {
-				err = f.onList(n)
-			}
-			if !yield(o, err) || err != nil {
-				return
-			}
-		}
-	}
-}
-
-func (f *faulty) Size(ctx context.Context, key string) (int64, error) {
-	if f.onSize != nil {
-		if err := f.onSize(key); err != nil {
-			return 0, err
-		}
-	}
-	return f.objects.Size(ctx, key)
-}
-
-func (f *faulty) Delete(ctx context.Context, key string) error {
-	if f.onDelete != nil {
-		if err := f.onDelete(key); err != nil {
-			return err
-		}
-	}
-	return f.objects.Delete(ctx, key)
 }
 
 func TestGuard(t *testing.T) {
