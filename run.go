@@ -229,7 +229,7 @@ func gatewayOptions(cfg *Config, p *parts, bus changelog.Bus, auth *gateway.Auth
 		PushBody: int(cfg.Limits.PushBody), PushRole: cfg.Push.Role, EchoTimeout: cfg.Push.EchoTimeout,
 		PushConcurrency: max(1, (cfg.Database.PoolSize-4)/2), // as full resyncs: four connections are left for fences whatever both hold
 		Blobs:           p.blobs, Files: p.files,
-		AttachmentLimit: int64(cfg.Limits.Attachment), Quota: int64(cfg.Limits.Quota), AttachmentTypes: cfg.Attachments.Types,
+		ClientsKept: cfg.Push.IdempotencyRetention, AttachmentLimit: int64(cfg.Limits.Attachment), Quota: int64(cfg.Limits.Quota), AttachmentTypes: cfg.Attachments.Types,
 		AttachmentReplace: cfg.Attachments.Replace, AttachmentDeleteRoles: cfg.Attachments.DeleteRoles, AttachmentURLTTL: cfg.Attachments.URLTTL,
 		AttachmentSigningKey: p.signingKey, AttachmentDirect: cfg.Attachments.Direct, UploadTTL: cfg.Attachments.UploadTTL,
 	}

@@ -54,6 +54,7 @@ type Options struct {
 
 	Blobs                 *blobstore.Store   // the bytes of attachments; nil: no collection has any
 	Files                 *blobstore.Records // which there are; nil with Blobs
+	ClientsKept           time.Duration      // how long the source keeps what is known of clients that don't come; 0: for ever
 	AttachmentLimit       int64              // bytes of one attachment
 	Quota                 int64              // bytes of all that a subject uploaded
 	AttachmentTypes       []string           // media types, or image/* for all of a kind; none: any

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/walgate/walgate/changelog"
 )
@@ -18,6 +19,11 @@ func (g *Gateway) manifestPage(ctx context.Context, c client, f *fileScopes, r m
 	s, err := g.manifests.recall(ctx, g.o.Source, c, f.hash)
 	if err != nil {
 		return nil, "", err
+	}
+	if s.hash == "" { // it never asked, or so long ago that what it was given is forgotten
+		if s.hash = f.hash; r.since != 0 && g.o.ClientsKept != 0 && r.since.Time().Before(time.Now().Add(seenAgain-g.o.ClientsKept)) {
+			return nil, reasonTooOld, nil
+		}
 	}
 	within := slices.Contains(s.pages, r.since) // of a listing from 0
 	if r.since != 0 && (s.hash != f.hash || r.since < s.wholeFrom && !within) {

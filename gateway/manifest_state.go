@@ -52,13 +52,16 @@ type keptState struct {
 	until  time.Time
 }
 
-// recallSQL reads a client's state, makes it where there is none, and notes that the client is still there once a day.
+// recallSQL reads a client's state, makes it where there is none, and notes now and then that the client is still there.
 const recallSQL = `WITH was AS (SELECT scope_hash, whole_from, run_from, pages, seen_at FROM walgate.manifests WHERE subject = $1 AND client_id = $2),
 	made AS (INSERT INTO walgate.manifests (subject, client_id, scope_hash) SELECT $1, $2, $3 WHERE NOT EXISTS (SELECT FROM was) ON CONFLICT DO NOTHING),
-	seen AS (UPDATE walgate.manifests SET seen_at = now() WHERE subject = $1 AND client_id = $2 AND (SELECT seen_at FROM was) < now() - interval '1 day')
+	seen AS (UPDATE walgate.manifests SET seen_at = now() WHERE subject = $1 AND client_id = $2 AND (SELECT seen_at FROM was) < now() - $4::interval)
 	SELECT scope_hash, whole_from, run_from, pages FROM was`
 
-// recall returns a client's state; one that never asked is taken to have asked with these scopes.
+// seenAgain is after which time it is noted that a client still comes.
+const seenAgain = 24 * time.Hour
+
+// recall returns a client's state, without a hash where there was none.
 func (m *manifestStates) recall(ctx context.Context, source *pgxpool.Pool, c client, hash string) (manifestState, error) {
 	m.mu.Lock()
 	e := m.states[c]
@@ -69,9 +72,9 @@ func (m *manifestStates) recall(ctx context.Context, source *pgxpool.Pool, c cli
 		}
 	}
 	s := manifestState{}
-	err := source.QueryRow(ctx, recallSQL, c.subject, c.id, hash).Scan(&s.hash, &s.wholeFrom, &s.runFrom, &s.pages)
+	err := source.QueryRow(ctx, recallSQL, c.subject, c.id, hash, seenAgain).Scan(&s.hash, &s.wholeFrom, &s.runFrom, &s.pages)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return manifestState{hash: hash}, nil // two may come first at a time: not kept
+		return s, nil // two may come first at a time: not kept
 	}
 	if err != nil {
 		return s, storeProblem(err)

@@ -257,7 +257,7 @@ func TestManifestSince(t *testing.T) {
 // TestManifestScopesChanged: a position holds for the scopes that it was given for.
 func TestManifestScopesChanged(t *testing.T) {
 	t.Parallel()
-	e := newFileEnv(t, setup{})
+	e := newFileEnv(t, setup{options: func(o *Options) { o.ClientsKept = 30 * 24 * time.Hour }})
 	one, two := tokenFor(t, "a", map[string]any{"teams": []int{1}}), tokenFor(t, "a", map[string]any{"teams": []int{2}})
 	for i := range 4 {
 		e.exec(t, `INSERT INTO photos (id, team, file) VALUES ($1, $2, $3)`, i, i%2+1, fmt.Sprint(i))
@@ -299,6 +299,14 @@ func TestManifestScopesChanged(t *testing.T) {
 	forgetStates(e)
 	if m := e.manifest(t, two, "new", rest.Current, 1); m.brief() != "full_resync_required scopes_changed" {
 		t.Errorf("it was remembered: %s", m.brief())
+	}
+	// Who comes after the time for which clients are remembered isn't believed.
+	before := int64(changelog.VersionAt(time.Now().Add(-30 * 24 * time.Hour)))
+	if m := e.manifest(t, one, "recent", before+(25*time.Hour).Milliseconds()<<12, 1); m.Resync {
+		t.Errorf("a position of 29 days ago: %s", m.brief())
+	}
+	if m := e.manifest(t, one, "old", before+(23*time.Hour).Milliseconds()<<12, 1); m.brief() != "full_resync_required too_old" {
+		t.Errorf("a position of 29 days and an hour ago: %s", m.brief())
 	}
 }
 

@@ -213,3 +213,27 @@ func (r *fileReplica) run(t testing.TB) {
 		s.conn.Close()
 	}
 }
+
+// TestStreamOfAttachmentsBetweenRows: what another row of a transaction says of files comes between the rows that the client
+// reads, and no checkpoint with it.
+func TestStreamOfAttachmentsBetweenRows(t *testing.T) {
+	t.Parallel()
+	e := newFileEnv(t, setup{})
+	a := tokenFor(t, "a", map[string]any{"teams": []int{1}})
+	e.upload(t, "y.jpg", "1", 1, "z", "")
+	since := e.here(t, a)
+	s := e.live(t, a, `,"attachments":true,"collections":["photos"]`)
+	e.exec(t, `INSERT INTO photos VALUES (1, 'a'); INSERT INTO posters VALUES (1, 'y.jpg'); INSERT INTO photos VALUES (2, 'a')`)
+	s.wantFrames(t, "upsert photos/1", "download y.jpg", "upsert photos/2")
+	e.exec(t, `INSERT INTO photos VALUES (3, 'a', 1, 'y.jpg')`) // for the owner and the team at once
+	s.wantFrames(t, "upsert photos/3", "download y.jpg")
+	e.upload(t, "y.jpg", "2", 2, "z", "") // for everybody as well
+	s.wantFrames(t, "download y.jpg")
+	e.exec(t, `INSERT INTO photos VALUES (4, 'a'); DELETE FROM posters; DELETE FROM photos WHERE id = 3; INSERT INTO photos VALUES (5, 'a')`)
+	s.wantFrames(t, "upsert photos/4", "delete y.jpg", "delete photos/3", "delete y.jpg", "upsert photos/5") // of each scope
+	late := e.subscribe(t, a, since, `,"attachments":true,"collections":["photos"]`)
+	late.wantFrames(t, "upsert photos/1", "upsert photos/2")
+	late.wantFrames(t, "upsert photos/3")
+	late.wantFrames(t, "upsert photos/4", "delete photos/3", "delete y.jpg", "upsert photos/5")
+	late.want(t, "ready")
+}
