@@ -31,6 +31,7 @@ type path struct {
 
 var paths = []path{
 	{"drain", "a backlog of inserts, 1000 a transaction, into the log", runDrain, false},
+	{"references", "a backlog of inserts that name an attachment each, beside the same without", runReferences, false},
 	{"updates", "a backlog of one-row transactions into the log", runUpdates, false},
 	{"live", "one-row transactions by eight clients, under way", runLive, false},
 	{"large", "one transaction of all rows into the log", runLarge, false},

@@ -27,12 +27,12 @@ type fill struct {
 // refer adds what a change means for attachments. It is called after Route and the entries of the same change; again says
 // that a delete of the same document, whose references are taken away already, came before.
 //
-// While the fill isn't done, nobody knows what the log holds of the document, so all that it may hold is replaced.
+// While the fill isn't done, nobody knows what the log holds of a document that was there, so all that it may hold is replaced.
 func (s *sequencer) refer(t *target, id []byte, old, now schema.Row, again bool) {
 	if again {
 		old = nil
 	}
-	s.pairs = t.binding.AppendReferences(s.pairs[:0], old, now, !t.fill.done)
+	s.pairs = t.binding.AppendReferences(s.pairs[:0], old, now, old != nil && !t.fill.done)
 	if len(s.pairs) == 0 {
 		return
 	}
