@@ -111,6 +111,7 @@ type Gateway struct {
 	streams   sync.WaitGroup
 	open      atomic.Int64
 	subjects  subjectCounts
+	uploads   subjectCounts // under way
 	draining  atomic.Bool
 	policyN   atomic.Uint64
 	serving   context.Context // ends when draining begins: nobody waits for changes any more

@@ -31,6 +31,10 @@ type metrics struct {
 	pushSeconds  prometheus.Histogram
 	echoesMissed prometheus.Counter
 
+	attachments       *prometheus.CounterVec // by operation and outcome
+	attachmentBytes   *prometheus.CounterVec // by direction
+	attachmentSeconds *prometheus.HistogramVec
+
 	manifests          *prometheus.CounterVec // by answer
 	manifestOperations *prometheus.CounterVec // by operation
 	manifestSeconds    prometheus.Histogram
@@ -57,6 +61,7 @@ func newMetrics(g *Gateway) *metrics {
 	m.slow = counter("walgate_stream_catch_up_total", "Times a stream left the live path to read the log: at its start, or because its queue was full.")
 	m.stuck = counter("walgate_stream_stuck_total", "Streams closed because a write to the client timed out.")
 	m.registerPushes()
+	m.registerAttachments()
 	m.registerManifests()
 	m.streams = prometheus.NewGauge(prometheus.GaugeOpts{Name: "sync_websocket_connections", Help: "Subscribed WebSockets."})
 	r.MustRegister(fillMetrics{g}, m.streams, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))

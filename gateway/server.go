@@ -25,8 +25,9 @@ func (g *Gateway) routes() *fiber.App {
 	app.Use(requestid.New(), g.settleBody, recoverPanic)
 	if len(g.o.AllowedOrigins) > 0 {
 		app.Use(cors.New(cors.Config{AllowOrigins: strings.Join(g.o.AllowedOrigins, ","),
-			AllowHeaders:  "Authorization, Content-Type, If-None-Match, X-Request-ID",
-			ExposeHeaders: "X-Sync-Cursor, X-Sync-LastSeq, X-Sync-Mode, X-Sync-Settles, Retry-After, X-Request-ID"}))
+			AllowHeaders: "Authorization, Content-Type, If-Match, If-None-Match, If-Modified-Since, If-Range, Range, Content-Digest, Repr-Digest, X-Request-ID",
+			ExposeHeaders: "X-Sync-Cursor, X-Sync-LastSeq, X-Sync-Mode, X-Sync-Settles, Retry-After, X-Request-ID, " +
+				"ETag, Last-Modified, Content-Range, Accept-Ranges, Content-Disposition, Repr-Digest"}))
 	}
 	app.Get("/healthz", func(c *fiber.Ctx) error { return c.JSON(fiber.Map{"status": "alive"}) })
 	app.Get("/readyz", g.readyz)
@@ -40,6 +41,11 @@ func (g *Gateway) routes() *fiber.App {
 	sync.Post("/sessions", g.authenticated, g.openSession)
 	sync.Post("/sessions/:sync_uuid/complete", g.authenticated, g.completeSession)
 	app.Post("/attachments/manifest", g.authenticated, g.manifest)
+	app.Get("/attachments", g.authenticated, g.counted("list", g.listAttachments))
+	app.Get("/attachments/:id", g.counted("get", g.getAttachment))
+	app.Put("/attachments/:id", g.authenticated, g.counted("put", g.putAttachment))
+	app.Delete("/attachments/:id", g.authenticated, g.counted("delete", g.deleteAttachment))
+	app.Get("/attachments/:id/download-url", g.authenticated, g.counted("download_url", g.downloadLink))
 	app.Server().KeepHijackedConns = true // streams close them; see accept
 	app.Server().HeaderReceived = holdBody
 	return app
@@ -63,6 +69,13 @@ func identityOf(c *fiber.Ctx) *Identity { return c.Locals(identityKey{}).(*Ident
 
 // authenticated lets only valid tokens through, at the subject's rate.
 func (g *Gateway) authenticated(c *fiber.Ctx) error {
+	if err := g.authenticate(c); err != nil {
+		return err
+	}
+	return c.Next()
+}
+
+func (g *Gateway) authenticate(c *fiber.Ctx) error {
 	if g.draining.Load() {
 		return &Problem{Code: ShuttingDown, RetryAfter: 2 * time.Second}
 	}
@@ -76,5 +89,5 @@ func (g *Gateway) authenticated(c *fiber.Ctx) error {
 		return err
 	}
 	c.Locals(identityKey{}, id)
-	return c.Next()
+	return nil
 }

@@ -23,12 +23,10 @@ const heldLength, heldExpect = "X-Walgate-Held-Length", "X-Walgate-Held-Expect"
 func holdBody(h *fasthttp.RequestHeader) (unchanged fasthttp.RequestConfig) {
 	h.Del(heldLength)
 	h.Del(heldExpect)
-	uri := h.RequestURI()
-	if !bytes.HasPrefix(uri, []byte("/attachments/")) && !bytes.HasPrefix(uri, []byte("/uploads")) {
-		return
-	}
-	switch string(h.Method()) {
-	case fasthttp.MethodPut, fasthttp.MethodPost, fasthttp.MethodPatch:
+	method, uri := string(h.Method()), h.RequestURI()
+	switch {
+	case method == fasthttp.MethodPut && bytes.HasPrefix(uri, []byte("/attachments/")):
+	case (method == fasthttp.MethodPost || method == fasthttp.MethodPatch) && bytes.HasPrefix(uri, []byte("/uploads")):
 	default:
 		return
 	}
