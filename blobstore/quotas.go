@@ -36,7 +36,7 @@ func (r *Records) reserve(ctx context.Context, tx pgx.Tx, subject string, bytes 
 		return fmt.Errorf("%d bytes of at most %d: %w", bytes, r.o.Quota, ErrQuota)
 	}
 	tag, err := tx.Exec(ctx, `INSERT INTO walgate.quotas AS q (subject, reserved) VALUES ($1, $2)
-		ON CONFLICT (subject) DO UPDATE SET reserved = q.reserved + $2 WHERE $3 = 0 OR q.used + q.reserved + $2 <= $3`, subject, bytes, r.o.Quota)
+		ON CONFLICT (subject) DO UPDATE SET reserved = q.reserved + $2 WHERE $3::bigint = 0 OR q.used + q.reserved + $2 <= $3`, subject, bytes, r.o.Quota)
 	if err == nil && tag.RowsAffected() == 0 {
 		err = fmt.Errorf("%d bytes more than %d in all: %w", bytes, r.o.Quota, ErrQuota)
 	}
@@ -54,7 +54,7 @@ func changeQuotas(ctx context.Context, tx pgx.Tx, changes map[string]quotaChange
 		if c == (quotaChange{}) {
 			continue
 		}
-		if _, err := tx.Exec(ctx, `INSERT INTO walgate.quotas AS q (subject, used, reserved) VALUES ($1, greatest($2, 0), greatest($3, 0))
+		if _, err := tx.Exec(ctx, `INSERT INTO walgate.quotas AS q (subject, used, reserved) VALUES ($1, greatest($2::bigint, 0), greatest($3::bigint, 0))
 			ON CONFLICT (subject) DO UPDATE SET used = greatest(q.used + $2, 0), reserved = greatest(q.reserved + $3, 0)`, subject, c.used, c.reserved); err != nil {
 			return fmt.Errorf("change the quota of %s: %w", subject, err)
 		}

@@ -39,9 +39,6 @@ func parseDigests(field, text string) (d digests, err error) {
 	return d, nil
 }
 
-// some says whether there is anything to compare.
-func (d digests) some() bool { return d.sha256 != nil || d.sha512 != nil }
-
 // digesting reads on and computes what digests need.
 type digesting struct {
 	r     io.Reader

@@ -291,9 +291,7 @@ func (u *upload) store(ctx context.Context, file io.Reader, content *digesting, 
 	}
 	defer func() {
 		if err != nil || done.Outcome == blobstore.Same || done.Outcome == blobstore.Conflict {
-			if err := g.o.Files.Release(ctx, g.o.Blobs, reserved); err != nil {
-				g.o.Logger.Warn("an upload that was given up is still kept; it is deleted when it expires (attachments.upload_ttl)", "attachment", u.id, "error", err)
-			}
+			g.release(ctx, reserved)
 		}
 	}()
 	if r.Length < 0 {

@@ -85,6 +85,9 @@ var routeParameter = regexp.MustCompile(`:([a-z_]+)`)
 
 // documentedPath finds what the document says of a request's path.
 func documentedPath(doc *openapi3.T, path string) *openapi3.PathItem {
+	if item := doc.Paths.Value(path); item != nil {
+		return item
+	}
 	parts := strings.Split(path, "/")
 	for template, item := range doc.Paths.Map() {
 		if slices.EqualFunc(strings.Split(template, "/"), parts, func(want, has string) bool { return want == has || strings.HasPrefix(want, "{") }) {
@@ -121,7 +124,7 @@ func checkAnswer(t testing.TB, req *http.Request, a *answer) {
 		RequestValidationInput: &openapi3filter.RequestValidationInput{Request: req,
 			Route: &routers.Route{Spec: doc, Path: req.URL.Path, PathItem: path, Method: req.Method, Operation: path.GetOperation(req.Method)}},
 		Status: a.status, Header: a.header, Body: io.NopCloser(bytes.NewReader(a.body)),
-		Options: &openapi3filter.Options{IncludeResponseStatus: true, ExcludeResponseBody: req.URL.Path == "/sync/full" && a.status == http.StatusOK},
+		Options: &openapi3filter.Options{IncludeResponseStatus: true, ExcludeResponseBody: req.URL.Path == "/sync/full" && a.status == http.StatusOK || path.Get != nil && path.Get.OperationID == "getAttachment" && a.status < 300 && req.Method != http.MethodPut},
 	}
 	if err := openapi3filter.ValidateResponse(req.Context(), in); err != nil {
 		t.Errorf("%s %s answered %d, not as documented: %v\n%.500s", req.Method, req.URL.Path, a.status, err, a.body)

@@ -46,6 +46,8 @@ func (g *Gateway) routes() *fiber.App {
 	app.Put("/attachments/:id", g.authenticated, g.counted("put", g.putAttachment))
 	app.Delete("/attachments/:id", g.authenticated, g.counted("delete", g.deleteAttachment))
 	app.Get("/attachments/:id/download-url", g.authenticated, g.counted("download_url", g.downloadLink))
+	app.Post("/attachments/:id/upload-url", g.authenticated, g.counted("upload_url", g.uploadLink))
+	app.Post("/attachments/:id/upload-complete", g.authenticated, g.counted("upload_complete", g.uploadComplete))
 	app.Server().KeepHijackedConns = true // streams close them; see accept
 	app.Server().HeaderReceived = holdBody
 	return app
