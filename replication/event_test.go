@@ -83,6 +83,7 @@ func TestUploadsAreOrderedWithRows(t *testing.T) {
 func TestValuesStoredOutOfLine(t *testing.T) {
 	t.Parallel()
 	s := newSource(t, setup{specs: thingsSpec(), before: thingsTable})
+	s.filled() // from here on the rows come by the stream only
 	s.upload("far", "u")
 	s.exec(`INSERT INTO things (a, b, owner, extra) VALUES (1, 'x', 'ana', jsonb_build_object('pad', repeat('0123456789', 2000), 'photos', '[{"id": "far"}]'::jsonb))`)
 	s.exec(`UPDATE things SET body = 'one'; UPDATE things SET photo = 'far'; UPDATE things SET photo = NULL; UPDATE things SET owner = 'bob'; UPDATE things SET b = 'y'`)
