@@ -104,7 +104,7 @@ func TestAttachmentsProbeIndexes(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				if _, err := tx.Exec(t.Context(), "SET LOCAL plan_cache_mode = "+mode); err != nil {
+				if _, err := tx.Exec(t.Context(), "SET LOCAL enable_bitmapscan = off; SET LOCAL plan_cache_mode = "+mode, pgx.QueryExecModeSimpleProtocol); err != nil { // the first as in Open
 					t.Fatal(err)
 				}
 				rows, err := tx.Query(t.Context(), `EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, SUMMARY OFF) `+q.sql, q.args...)
@@ -122,5 +122,83 @@ func TestAttachmentsProbeIndexes(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestOperationsOfWidelySharedAttachment: one that very many scopes hold is judged by those asked for.
+func TestOperationsOfWidelySharedAttachment(t *testing.T) {
+	t.Parallel()
+	l, _ := newLog(t)
+	a, c := restart(t, l, nil)
+	v := c.Version + 1
+	p := Piece{LSN: 100, Final: true, Files: []FileEvent{upload(1, 1, v)}}
+	wide := func(n int) [16]byte { return hashed("wide", n) }
+	for i := range 300 {
+		p.References = append(p.References, Reference{Attachment: attachment(1), Scope: wide(i), Document: documentKey(1), Version: v})
+	}
+	p.Version = v
+	appendNow(t, a, p)
+	gone := func(i int) Piece {
+		v++
+		return Piece{LSN: LSN(100 + i), Final: true, Version: v, References: []Reference{{Attachment: attachment(1), Scope: wide(i), Document: documentKey(1), Version: v, Removed: true}}}
+	}
+	for _, step := range []struct {
+		leaves int
+		want   bool // deleted
+	}{{7, false}, {8, true}} {
+		appendNow(t, a, gone(step.leaves))
+		page, err := l.Operations(t.Context(), OperationsRequest{Scopes: [][16]byte{wide(7), wide(8)}, Limit: 10})
+		if err != nil || len(page.Operations) != 1 || page.Operations[0].Delete != step.want || page.Operations[0].Version != v {
+			t.Errorf("after scope %d let go: %+v (%v), want one of version %d, deleted %v", step.leaves, page, err, v, step.want)
+		}
+	}
+}
+
+// TestRaisesAskForRefills: a floor that rises for any reason but retention's makes what a fill found before worthless.
+func TestRaisesAskForRefills(t *testing.T) {
+	t.Parallel()
+	l, _ := newLog(t)
+	a, c := restart(t, l, nil)
+	if r := c.Collections[0].Refill; r != 0 {
+		t.Errorf("an empty table asks for a refill at %d", r)
+	}
+	v := c.Version + 2
+	appendNow(t, a, Piece{LSN: 100, Final: true, Version: v, Raises: []Raise{{Collection: c.Collections[0].ID, Version: v, Reason: "truncated"}}})
+	if r := mustHead(t, l).Collections[0].Refill; r != v {
+		t.Errorf("after a raise to %d: refill %d", v, r)
+	}
+	_, same := restart(t, l, nil)
+	if r := same.Collections[0].Refill; r != v {
+		t.Errorf("claimed again: refill %d, want %d", r, v)
+	}
+	_, changed := restart(t, l, func(c *Claim) { c.Collections[0].Fingerprint = "f2" })
+	if k := changed.Collections[0]; k.Refill <= v || k.Refill != k.Floor {
+		t.Errorf("after the policy changed: refill %d, floor %d", k.Refill, k.Floor)
+	}
+}
+
+// TestHeldKnown: who could read an attachment since its upload may name it, also when nothing names it any more.
+func TestHeldKnown(t *testing.T) {
+	t.Parallel()
+	l, _ := newLog(t)
+	a, c := restart(t, l, nil)
+	v := c.Version
+	known := func(sc byte) bool {
+		t.Helper()
+		held, err := l.Held(t.Context(), [][16]byte{attachment(1)}, [][16]byte{scope(sc)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return held[0].Known
+	}
+	// Scope 2 named it before the upload, and its uploader may write in scope 1 only.
+	appendNow(t, a, Piece{LSN: 100, Final: true, Version: v + 2, References: []Reference{refer(1, 1, 1, v+1), refer(1, 2, 2, v+1)}})
+	appendNow(t, a, Piece{LSN: 101, Final: true, Version: v + 3, Files: []FileEvent{upload(1, 1, v+3, scope(1))}})
+	if !known(1) || known(2) || known(3) {
+		t.Errorf("named: scope 1 %v, withheld 2 %v, stranger 3 %v", known(1), known(2), known(3))
+	}
+	appendNow(t, a, Piece{LSN: 102, Final: true, Version: v + 4, References: []Reference{unrefer(1, 1, 1, v+4), unrefer(1, 2, 2, v+4)}})
+	if !known(1) || known(2) || known(3) {
+		t.Errorf("let go: scope 1 %v, withheld 2 %v, stranger 3 %v", known(1), known(2), known(3))
 	}
 }

@@ -9,28 +9,30 @@ import (
 )
 
 // operationsSQL merges the scopes' index ranges: of each it reads a share of the page, and goes no further than the first end
-// of a share. Of what it found it keeps the latest of each attachment over all scopes asked for, which latest says.
-func operationsSQL(latest string) string {
+// of a share. State says of each row that was found: null, not the attachment's latest over the scopes; u, d: what to do.
+func operationsSQL(state string) string {
 	return `WITH x AS MATERIALIZED (SELECT o.* FROM unnest($1::uuid[]) AS s(key) CROSS JOIN LATERAL (
 		SELECT * FROM walgate.attachment_operations
 		WHERE scope = s.key AND version > $2 AND version <= least((SELECT version FROM walgate.checkpoint), $3)
 		ORDER BY scope, version LIMIT $4) o),
 	bound AS (SELECT coalesce(min(version), 0) AS version FROM (SELECT max(version) AS version FROM x GROUP BY scope HAVING count(*) >= $4) e)
-	SELECT c.version, c.attachment, c.scope, c.id, CASE WHEN n.held THEN 'u' ELSE 'd' END, c.size, c.content_type, c.sha256, c.created_at,
-		c.version = n.version AND c.scope = n.scope, bound.version
+	SELECT c.version, c.attachment, c.scope, c.id, ` + state + `, c.size, c.content_type, c.sha256, c.created_at, bound.version
 	FROM bound LEFT JOIN (SELECT * FROM x WHERE version < coalesce((SELECT nullif(version, 0) FROM bound), $3 + 1) ORDER BY version LIMIT $5) c ON true
-	LEFT JOIN LATERAL ` + latest + ` n ON true
 	ORDER BY c.version, c.attachment, c.scope`
 }
 
-const latestColumns = `max(version) AS version, bool_or(op = 'u') AS held, (array_agg(scope ORDER BY version DESC, op = 'u' DESC, scope))[1] AS scope`
+const (
+	onlyState   = `c.op::text`
+	latestState = `SELECT CASE WHEN max(o.version) = c.version AND (array_agg(o.scope ORDER BY o.version DESC, o.op = 'u' DESC, o.scope))[1] = c.scope
+		THEN CASE WHEN bool_or(o.op = 'u') THEN 'u' ELSE 'd' END END`
+)
 
-// Most attachments are in few scopes, of which those asked for are picked; where there are more, each scope is looked up.
-var operationsOfOne, operationsOfMany = operationsSQL(`(SELECT c.version, c.op = 'u' AS held, c.scope)`),
-	operationsSQL(`(WITH near AS MATERIALIZED (SELECT version, op, scope FROM walgate.attachment_operations WHERE attachment = c.attachment LIMIT 256)
-		SELECT ` + latestColumns + ` FROM near WHERE (scope = ANY ($1)) IS TRUE HAVING (SELECT count(*) FROM near) < 256
-		UNION ALL SELECT ` + latestColumns + ` FROM walgate.attachment_operations WHERE attachment = c.attachment AND scope = ANY ($1)
-			AND (SELECT count(*) FROM near) >= 256 HAVING (SELECT count(*) FROM near) >= 256)`)
+// Most attachments are in one scope, or in few, of which those asked for are picked. Where there are more, each is looked up.
+var operationsOfOne, operationsOfMany = operationsSQL(onlyState), operationsSQL(`
+	CASE WHEN (SELECT true FROM walgate.attachment_operations WHERE attachment = c.attachment AND scope <> c.scope LIMIT 1) IS NULL THEN ` + onlyState + `
+	WHEN (SELECT count(*) FROM (SELECT FROM walgate.attachment_operations WHERE attachment = c.attachment LIMIT 256) n) < 256 THEN (` + latestState + `
+		FROM walgate.attachment_operations o WHERE attachment = c.attachment AND (scope = ANY ($1)) IS TRUE)
+	ELSE (` + latestState + ` FROM walgate.attachment_operations o WHERE attachment = c.attachment AND scope = ANY ($1)) END`)
 
 const operationsFloorSQL = `SELECT greatest(attachments_floor, floor) FROM walgate.checkpoint`
 
@@ -71,17 +73,17 @@ func (l *Log) operations(ctx context.Context, r OperationsRequest, limit, share 
 			var id, op, contentType *string
 			var size *int64
 			var created *time.Time
-			var last *bool
 			var o Operation
-			if err := rows.Scan(&version, &attachment, &scope, &id, &op, &size, &contentType, &o.SHA256, &created, &last, &bound); err != nil {
+			if err := rows.Scan(&version, &attachment, &scope, &id, &op, &size, &contentType, &o.SHA256, &created, &bound); err != nil {
 				return err
 			}
 			if version == nil {
 				continue // only the bound
 			}
-			o.Version, o.Attachment, o.Scope, o.ID, o.Delete, o.Size, o.ContentType, o.CreatedAt = *version, *attachment, *scope, *id, *op == "d", *size, *contentType, *created
+			o.Version, o.Attachment, o.Scope, o.ID, o.Size, o.ContentType, o.CreatedAt = *version, *attachment, *scope, *id, *size, *contentType, *created
+			o.Delete = op != nil && *op == "d"
 			p.Operations = append(p.Operations, o)
-			latest = append(latest, *last)
+			latest = append(latest, op != nil)
 		}
 		return rows.Err()
 	})
