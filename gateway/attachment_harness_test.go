@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -117,7 +118,43 @@ func (a *answer) bytesAre(t testing.TB, status int, content string) {
 	}
 }
 
+// objects lists what is in the blob store, once nothing is on its way out of it.
+func (e *env) objects(t testing.TB) (keys []string) {
+	t.Helper()
+	for o, err := range e.g.o.Blobs.List(t.Context(), "") {
+		ok(t, err)
+		keys = append(keys, o.Key)
+	}
+	return keys
+}
+
+// tidy expects as many objects as files that are there, no upload under way, and quotas that tell what is kept.
+func (e *env) tidy(t testing.TB, files int) {
+	t.Helper()
+	eventually(t, "no upload is left", func() bool {
+		return e.one(t, `SELECT count(*)::text FROM walgate.uploads`) == "0"
+	})
+	if keys := e.objects(t); len(keys) != files {
+		t.Errorf("%d objects, want %d: %v", len(keys), files, keys)
+	}
+	if reserved := e.one(t, `SELECT coalesce(sum(reserved), 0)::text FROM walgate.quotas`); reserved != "0" {
+		t.Errorf("%s bytes are still reserved", reserved)
+	}
+	if wrong := e.one(t, `SELECT count(*)::text FROM walgate.quotas q WHERE used <> (SELECT coalesce(sum(size), 0) FROM walgate.files f WHERE f.subject = q.subject AND NOT bytes_gone)`); wrong != "0" {
+		t.Errorf("the quotas of %s subjects are wrong", wrong)
+	}
+}
+
+// multipartBody is a body of one part with a name; head is more of its headers.
+func multipartBody(name, head, content string) string {
+	return "--limit\r\nContent-Disposition: form-data; name=\"" + name + "\"; filename=\"a b.jpg\"\r\n" + head + "\r\n" + content + "\r\n--limit--\r\n"
+}
+
+const multipartType = "multipart/form-data; boundary=limit"
+
 func sha(content string) []byte {
 	sum := sha256.Sum256([]byte(content))
 	return sum[:]
 }
+
+func pattern(n int) []byte { return bytes.Repeat([]byte("0123456789abcdef"), n/16+1)[:n] }

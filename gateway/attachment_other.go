@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/gofiber/fiber/v2"
@@ -119,6 +120,9 @@ type listedAttachment struct {
 
 // listAttachments answers GET /attachments: what the caller may read.
 func (g *Gateway) listAttachments(c *fiber.Ctx) error {
+	if strings.HasSuffix(c.Path(), "/") { // asks for an attachment with an empty id
+		return &Problem{Code: InvalidAttachmentID}
+	}
 	if err := g.servesAttachments(); err != nil {
 		return err
 	}

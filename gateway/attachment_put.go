@@ -3,6 +3,7 @@ package gateway
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/hex"
 	"encoding/json"
@@ -248,13 +249,14 @@ func (u *upload) file() (file io.Reader, content *digesting, err error) {
 		return nil, nil, err
 	}
 	u.filename = cleanFilename(part.FileName())
-	return &onePart{part: part, parts: parts}, content, nil
+	return &onePart{part: part, parts: parts, body: content}, content, nil
 }
 
 // onePart reads a part that must be the last one.
 type onePart struct {
 	part  *multipart.Part
 	parts *multipart.Reader
+	body  io.Reader // around it
 }
 
 // Read reads on; io.EOF comes once the whole body has ended well.
@@ -264,7 +266,10 @@ func (p *onePart) Read(b []byte) (int, error) {
 		return n, err
 	}
 	switch _, err := p.parts.NextRawPart(); err {
-	case io.EOF:
+	case io.EOF: // what comes behind is nothing's, but it belongs to the body
+		if n, err := io.CopyN(io.Discard, p.body, multipartHead); err != io.EOF {
+			return 0, cmp.Or(err, error(NewProblem(InvalidRequest, "%d bytes and more come behind the last boundary", n)))
+		}
 		return n, io.EOF
 	case nil:
 		return n, NewProblem(InvalidRequest, "the body has more than one part")

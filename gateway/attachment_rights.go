@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 
 	"github.com/gofiber/fiber/v2"
 	"github.com/gofiber/fiber/v2/utils"
@@ -30,7 +31,7 @@ type attachmentView struct {
 // attachmentID reads the id in the path, which is as the client wrote it: ids need no escapes, so none is understood.
 func attachmentID(c *fiber.Ctx) (string, error) {
 	id := c.Params("id")
-	if !policies.ValidAttachmentID(id) {
+	if !policies.ValidAttachmentID(id) || strings.HasSuffix(c.Path(), "/") {
 		return "", &Problem{Code: InvalidAttachmentID}
 	}
 	return utils.CopyString(id), nil

@@ -108,7 +108,7 @@ type Gateway struct {
 	plans     atomic.Pointer[pushPlans]
 	pages     manifestPages
 	manifests manifestStates
-	streams   sync.WaitGroup
+	streams   underway
 	open      atomic.Int64
 	subjects  subjectCounts
 	uploads   subjectCounts // under way
@@ -191,17 +191,19 @@ func (g *Gateway) Run(ctx context.Context, l net.Listener) error {
 func (g *Gateway) drain() {
 	g.draining.Store(true)
 	g.stop()
-	ended := make(chan struct{})
-	go func() { g.streams.Wait(); close(ended) }()
-	if !within(g.o.Drain, ended) {
+	over := time.Now().Add(g.o.Drain)
+	if !within(g.o.Drain, g.streams.ended()) {
 		g.o.Logger.Warn("clients were still connected when the drain time was over", "streams", g.open.Load())
 	}
-	if err := g.app.ShutdownWithTimeout(g.o.Drain); err != nil && !errors.Is(err, net.ErrClosed) {
+	if err := g.app.ShutdownWithTimeout(max(time.Until(over), drainLeast)); err != nil && !errors.Is(err, net.ErrClosed) {
 		g.o.Logger.Warn("requests were cut off when the drain time was over", "error", err)
 	}
 	g.cut()
-	within(afterCut, ended)
+	within(afterCut, g.streams.ended())
 }
+
+// drainLeast is what requests have after streams and transfers took all of the drain time.
+const drainLeast = 100 * time.Millisecond
 
 // afterCut is how long what was cut off may take to notice.
 const afterCut = 2 * time.Second

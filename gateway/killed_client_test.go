@@ -161,10 +161,8 @@ func (e *env) awaitNothingHeld(t *testing.T) {
 	t.Helper()
 	eventually(t, "no subscriber is left", func() bool { return e.subscribers() == 0 })
 	eventually(t, "no stream is left", func() bool { return e.g.open.Load() == 0 })
-	ended := make(chan struct{})
-	go func() { e.g.streams.Wait(); close(ended) }()
 	select {
-	case <-ended:
+	case <-e.g.streams.ended():
 	case <-time.After(patience):
 		t.Fatal("a stream or a full resync is still under way")
 	}
