@@ -231,9 +231,14 @@ func TestStreamOfAttachmentsBetweenRows(t *testing.T) {
 	s.wantFrames(t, "download y.jpg")
 	e.exec(t, `INSERT INTO photos VALUES (4, 'a'); DELETE FROM posters; DELETE FROM photos WHERE id = 3; INSERT INTO photos VALUES (5, 'a')`)
 	s.wantFrames(t, "upsert photos/4", "delete y.jpg", "delete photos/3", "delete y.jpg", "upsert photos/5") // of each scope
+	e.upload(t, "z.jpg", "3", 1, "z", "")
+	e.upload(t, "w.jpg", "4", 1, "z", "")
+	e.exec(t, `INSERT INTO photos VALUES (6, 'a'); INSERT INTO posters VALUES (2, 'z.jpg'); INSERT INTO photos VALUES (7, 'a', NULL, 'w.jpg')`)
+	s.wantFrames(t, "upsert photos/6", "download z.jpg", "upsert photos/7", "download w.jpg")
 	late := e.subscribe(t, a, since, `,"attachments":true,"collections":["photos"]`)
 	late.wantFrames(t, "upsert photos/1", "upsert photos/2")
 	late.wantFrames(t, "upsert photos/3")
 	late.wantFrames(t, "upsert photos/4", "delete photos/3", "delete y.jpg", "upsert photos/5")
+	late.wantFrames(t, "upsert photos/6", "download z.jpg", "upsert photos/7", "download w.jpg")
 	late.want(t, "ready")
 }
