@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"gocloud.dev/blob"
+	"gocloud.dev/gcerrors"
 )
 
 // Object is one of a listing.
@@ -21,22 +22,33 @@ type Object struct {
 // shards are the folders that keys are spread over.
 const shards = 256
 
+// listAgain bounds how often a folder that changes is read.
+const listAgain = 100
+
 // List yields the objects of files with keys above after, in the order of their keys. It reads one folder at a time, so that
 // a listing resumed at a key repeats little. An error ends it.
 func (s *Store) List(ctx context.Context, after string) iter.Seq2[Object, error] {
 	return func(yield func(Object, error) bool) {
 		for shard := firstShard(after); shard < shards; shard++ {
-			folder := s.bucket.List(&blob.ListOptions{Prefix: fmt.Sprintf("%s%02x/", keyPrefix, shard)})
+			prefix := fmt.Sprintf("%s%02x/", keyPrefix, shard)
+			folder, again := s.bucket.List(&blob.ListOptions{Prefix: prefix}), 0
 			for {
 				o, err := folder.Next(ctx)
 				if err == io.EOF {
 					break
 				}
+				if s.files != nil && gcerrors.Code(err) == gcerrors.NotFound && again < listAgain { // a file went or got its name while the driver looked at it
+					folder, again = s.bucket.List(&blob.ListOptions{Prefix: prefix}), again+1
+					continue
+				}
 				if err != nil {
 					yield(Object{}, fmt.Errorf("list the blob store: %w", err))
 					return
 				}
-				if o.Key > after && !o.IsDir && !yield(Object{Key: o.Key, Size: o.Size, ModTime: o.ModTime}, nil) {
+				if o.Key <= after || o.IsDir {
+					continue
+				}
+				if after = o.Key; !yield(Object{Key: o.Key, Size: o.Size, ModTime: o.ModTime}, nil) {
 					return
 				}
 			}

@@ -377,3 +377,33 @@ func TestInterruptedWalkGoesOn(t *testing.T) {
 		t.Errorf("at the end the progress is %s", p)
 	}
 }
+
+// TestListingBesideUploads lists a folder in which temporary files come and go.
+func TestListingBesideUploads(t *testing.T) {
+	t.Parallel()
+	s := open(t, "file")
+	key := NewKey()
+	mustWrite(t, s, key, strings.NewReader("x"))
+	path, stop, ended := filepath.Join(s.files.root, key), make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			tmp := fmt.Sprintf("%s.%d.tmp", path, i%20)
+			if err := errors.Join(os.WriteFile(tmp, nil, 0o600), os.Remove(tmp)); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	for range 300 {
+		if got := keys(t, s, ""); !slices.Contains(got, key) {
+			t.Errorf("listed %v", got)
+		}
+	}
+	close(stop)
+	<-ended
+}
