@@ -83,9 +83,10 @@ func (s *Store) Close() error { return s.bucket.Close() }
 func NewKey() string {
 	var b [16]byte
 	_, _ = rand.Read(b[:]) // never fails
-	name := hex.EncodeToString(b[:])
-	return keyPrefix + name[:2] + "/" + name
+	return keyNamed(hex.EncodeToString(b[:]))
 }
+
+func keyNamed(name string) string { return keyPrefix + name[:2] + "/" + name }
 
 // WriteOptions say how an object is written.
 type WriteOptions struct {

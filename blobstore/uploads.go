@@ -2,8 +2,11 @@ package blobstore
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -40,6 +43,29 @@ type Upload struct {
 	Reserved   int64   // bytes of the subject's quota
 	CreatedAt  time.Time
 	ExpiresAt  time.Time
+	Published  bool // it has become a file
+}
+
+// newUploadID returns the id of a new upload, a UUID.
+func newUploadID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return uuidText(b[:])
+}
+
+func uuidText(b []byte) string {
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+// uploadKey is the storage key of an upload, and of the file that it becomes: so one is found by the other's id. ok is false
+// for what is no id.
+func uploadKey(id string) (key string, ok bool) {
+	b, err := hex.DecodeString(strings.ReplaceAll(id, "-", ""))
+	if err != nil || len(b) != 16 || uuidText(b) != id {
+		return "", false
+	}
+	return keyNamed(hex.EncodeToString(b)), true
 }
 
 const uploadColumns = `id::text, kind, attachment_id, subject, client_id, storage_key, coalesce(length, -1), received, parts, hash, content_type, filename, sha256, reserved, created_at, expires_at`
@@ -69,9 +95,11 @@ func (r *Records) Reserve(ctx context.Context, v Reservation) (u *Upload, err er
 		if v.Length >= 0 {
 			length = &v.Length
 		}
+		id := newUploadID()
+		key, _ := uploadKey(id)
 		rows, _ := tx.Query(ctx, `INSERT INTO walgate.uploads (id, kind, attachment_id, subject, client_id, storage_key, length, parts, content_type, filename, sha256, reserved, expires_at)
-			VALUES (gen_random_uuid(), $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, now() + $12) RETURNING `+uploadColumns,
-			v.Kind, v.AttachmentID, v.Subject, v.ClientID, NewKey(), length, parts, v.ContentType, v.Filename, v.SHA256, max(v.Length, 0), r.o.UploadTTL)
+			VALUES ($13::text::uuid, $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, now() + $12) RETURNING `+uploadColumns,
+			v.Kind, v.AttachmentID, v.Subject, v.ClientID, key, length, parts, v.ContentType, v.Filename, v.SHA256, max(v.Length, 0), r.o.UploadTTL, id)
 		if u, err = pgx.CollectExactlyOneRow(rows, scanUpload); err != nil {
 			return err
 		}
@@ -82,7 +110,10 @@ func (r *Records) Reserve(ctx context.Context, v Reservation) (u *Upload, err er
 
 // Upload returns a subject's upload that goes on. ErrNotFound: there is none, or not of this subject. ErrGivenUp: it has expired.
 func (r *Records) Upload(ctx context.Context, id, subject string) (*Upload, error) {
-	rows, _ := r.pool.Query(ctx, `SELECT `+uploadColumns+` FROM walgate.uploads WHERE id::text = $1 AND subject = $2`, id, subject)
+	if _, ok := uploadKey(id); !ok {
+		return nil, fmt.Errorf("upload %q: %w", id, ErrNotFound)
+	}
+	rows, _ := r.pool.Query(ctx, `SELECT `+uploadColumns+` FROM walgate.uploads WHERE id = $1::text::uuid AND subject = $2`, id, subject)
 	u, err := pgx.CollectExactlyOneRow(rows, scanUpload)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, fmt.Errorf("upload %s: %w", id, ErrNotFound)
@@ -94,6 +125,22 @@ func (r *Records) Upload(ctx context.Context, id, subject string) (*Upload, erro
 		return nil, fmt.Errorf("upload %s: %w", id, ErrGivenUp)
 	}
 	return u, nil
+}
+
+// Finished returns a subject's upload that has become a file, by the id that the upload had. ErrNotFound: there is none, or the
+// file was deleted or replaced.
+func (r *Records) Finished(ctx context.Context, id, subject string) (*Upload, error) {
+	key, _ := uploadKey(id)
+	rows, _ := r.pool.Query(ctx, `SELECT `+fileColumns+` FROM walgate.files WHERE storage_key = $1 AND subject = $2 AND state <> 'd'`, key, subject)
+	f, err := pgx.CollectExactlyOneRow(rows, scanFile)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, fmt.Errorf("upload %s: %w", id, ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read walgate.files: %w", err)
+	}
+	return &Upload{Reservation: Reservation{Kind: Tus, AttachmentID: f.ID, Subject: f.Subject, ClientID: f.ClientID, Length: f.Size, ContentType: f.ContentType, Filename: f.Filename, SHA256: f.SHA256},
+		ID: id, StorageKey: f.StorageKey, Parts: f.Parts, Received: f.Size, CreatedAt: f.CreatedAt, Published: true}, nil
 }
 
 // lockUpload returns the upload as it is now, locked; ErrGivenUp where it isn't there any more.

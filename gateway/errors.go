@@ -34,6 +34,10 @@ const (
 	AttachmentTypeRefused Code = "attachment_type_refused"
 	DirectUnavailable     Code = "direct_upload_unavailable"
 	UploadGone            Code = "upload_gone"
+	UploadOffset          Code = "upload_offset"
+	UploadLocked          Code = "upload_locked"
+	ChecksumMismatch      Code = "checksum_mismatch"
+	TusVersion            Code = "unsupported_tus_version"
 	PreconditionFailed    Code = "precondition_failed"
 	RangeNotSatisfiable   Code = "range_not_satisfiable"
 	QuotaExceeded         Code = "quota_exceeded"
@@ -103,6 +107,10 @@ var wireErrors = []WireError{
 	{AttachmentTypeRefused, 415, 0, false, "Attachments of this type are not taken", "Send one of the types that `detail` names, as Content-Type."},
 	{DirectUnavailable, 409, 0, false, "Clients can't be sent to the blob store here", "Upload with `PUT /attachments/{id}` or through `/uploads`."},
 	{UploadGone, 410, 0, false, "There is no such upload, or not any more", "Begin the upload anew."},
+	{UploadOffset, 409, 0, false, "The upload is at another offset", "Ask with HEAD how far it has come, and go on from there."},
+	{UploadLocked, 423, 0, true, "Another request works on the upload", "Ask with HEAD how far it has come, and go on from there."},
+	{ChecksumMismatch, 460, 0, true, "The bytes are not those of the checksum; they were discarded", "Send them again."},
+	{TusVersion, 412, 0, false, "The version of tus is not spoken here", "Send `Tus-Resumable: 1.0.0`."},
 	{PreconditionFailed, 412, 0, false, "A condition of the request does not hold", "Read the present state, then decide anew."},
 	{RangeNotSatisfiable, 416, 0, false, "The range is not one of this attachment", "Ask for one range within the size that `Content-Range` names."},
 	{QuotaExceeded, 507, 0, false, "The caller's quota is used up", "Delete attachments that are not needed any more; `detail` says how much is left."},

@@ -105,3 +105,36 @@ func FuzzFullCursor(f *testing.F) {
 		}
 	})
 }
+
+// FuzzUploadMetadata: any Upload-Metadata gives what it says, which reads back as the same, or a problem.
+func FuzzUploadMetadata(f *testing.F) {
+	for _, seed := range []string{"", "attachment_id YQ==", "attachment_id YQ==,filename Yi5qcGc=,is_private", "filetype aW1hZ2UvcG5n , client_id /w==", "a,a", ",", " ", "a  b", "filename ====", "filename YQ"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		m, err := parseUploadMetadata(text)
+		if err != nil {
+			onlyProblem(t, err, InvalidRequest)
+			return
+		}
+		if again, err := parseUploadMetadata(m.String()); err != nil || again != m {
+			t.Errorf("%q: %+v, then %+v (%v)", text, m, again, err)
+		}
+	})
+}
+
+// FuzzUploadChecksum: any Upload-Checksum gives a checksum of its algorithm's size, or a problem.
+func FuzzUploadChecksum(f *testing.F) {
+	for _, seed := range []string{"", "sha1 Kq5sNclPz7QV2+lfQIuc6R7oRu0=", "sha256 uU0nuZNNPgilLlLX2n2r+sSE7+N6U4DukIj3rOLvzek=", "md5 x", "sha1", "sha1  ", "SHA1 Kq5s"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		s, err := parseUploadChecksum(text)
+		switch {
+		case err != nil:
+			onlyProblem(t, err, InvalidRequest)
+		case s == nil && text != "", s != nil && len(s.want) != s.hash.Size():
+			t.Errorf("%q: %+v", text, s)
+		}
+	})
+}

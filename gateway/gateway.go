@@ -112,6 +112,7 @@ type Gateway struct {
 	open      atomic.Int64
 	subjects  subjectCounts
 	uploads   subjectCounts // under way
+	turns     uploadTurns   // of resumable uploads
 	draining  atomic.Bool
 	policyN   atomic.Uint64
 	serving   context.Context // ends when draining begins: nobody waits for changes any more

@@ -25,9 +25,9 @@ func (g *Gateway) routes() *fiber.App {
 	app.Use(requestid.New(), g.settleBody, recoverPanic)
 	if len(g.o.AllowedOrigins) > 0 {
 		app.Use(cors.New(cors.Config{AllowOrigins: strings.Join(g.o.AllowedOrigins, ","),
-			AllowHeaders: "Authorization, Content-Type, If-Match, If-None-Match, If-Modified-Since, If-Range, Range, Content-Digest, Repr-Digest, X-Request-ID",
+			AllowHeaders: "Authorization, Content-Type, If-Match, If-None-Match, If-Modified-Since, If-Range, Range, Content-Digest, Repr-Digest, X-Request-ID, " + tusRequestHeaders,
 			ExposeHeaders: "X-Sync-Cursor, X-Sync-LastSeq, X-Sync-Mode, X-Sync-Settles, Retry-After, X-Request-ID, " +
-				"ETag, Last-Modified, Content-Range, Accept-Ranges, Content-Disposition, Repr-Digest"}))
+				"ETag, Last-Modified, Content-Range, Accept-Ranges, Content-Disposition, Repr-Digest, " + tusAnswerHeaders}))
 	}
 	app.Get("/healthz", func(c *fiber.Ctx) error { return c.JSON(fiber.Map{"status": "alive"}) })
 	app.Get("/readyz", g.readyz)
@@ -48,6 +48,7 @@ func (g *Gateway) routes() *fiber.App {
 	app.Get("/attachments/:id/download-url", g.authenticated, g.counted("download_url", g.downloadLink))
 	app.Post("/attachments/:id/upload-url", g.authenticated, g.counted("upload_url", g.uploadLink))
 	app.Post("/attachments/:id/upload-complete", g.authenticated, g.counted("upload_complete", g.uploadComplete))
+	g.tusRoutes(app)
 	app.Server().KeepHijackedConns = true // streams close them; see accept
 	app.Server().HeaderReceived = holdBody
 	return app

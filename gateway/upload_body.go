@@ -22,9 +22,10 @@ type uploadBody struct {
 	expected    bool  // the client waits to be told that it may send
 	idle        time.Duration
 	interrupted atomic.Bool
-	n           int64 // bytes read
-	whole       bool  // nothing of it is left on the connection
-	err         error // why it ended, if not as its client meant it
+	n           int64        // bytes read
+	came        atomic.Int64 // the same, for others
+	whole       bool         // nothing of it is left on the connection
+	err         error        // why it ended, if not as its client meant it
 }
 
 // errInterrupted ends a body that is not wanted any more.
@@ -68,6 +69,7 @@ func (b *uploadBody) Read(p []byte) (n int, err error) {
 	}
 	n, err = b.r.Read(p)
 	b.n += int64(n)
+	b.came.Store(b.n)
 	if err == nil {
 		return n, nil
 	}
