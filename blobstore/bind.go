@@ -14,8 +14,11 @@ import (
 // ErrOtherStore says that the blob store isn't the one in which the files are.
 var ErrOtherStore = errors.New("the blob store is not the one that belongs to this database")
 
-// ownerKey is of the object that says to which source a store belongs; ownerName of the secret that says the same there.
-const ownerKey, ownerName = "walgate-owner", "blob_store"
+// OwnerKey is of the object that says to which source a store belongs.
+const OwnerKey = "walgate-owner"
+
+// ownerName is of the secret that says the same there.
+const ownerName = "blob_store"
 
 // Bind makes sure that the store belongs to this source and to no other: else a volume that isn't mounted would look like files
 // that were lost, and two installations in one bucket would take each other's objects for rubbish and delete them. Where neither
@@ -39,11 +42,11 @@ func (r *Records) Bind(ctx context.Context, s *Store) error {
 	case err != nil:
 		return fmt.Errorf("bind the blob store: %w", err)
 	case theirs != "" && theirs != ours:
-		return fmt.Errorf("%w: its object %s names another one; give each installation a bucket, or a folder of one as in s3://bucket?prefix=walgate-2/; if the other one is gone for good, delete that object", ErrOtherStore, ownerKey)
+		return fmt.Errorf("%w: its object %s names another one; give each installation a bucket, or a folder of one as in s3://bucket?prefix=walgate-2/; if the other one is gone for good, delete that object", ErrOtherStore, OwnerKey)
 	case theirs == "" && files && !fresh:
-		return fmt.Errorf("%w: files were put into it, but it lacks the object %s; is its volume mounted, and blobs.url right? If it was moved, copy all of its objects; if the files are lost for good, say so with DELETE FROM walgate.secrets WHERE name = '%s'", ErrOtherStore, ownerKey, ownerName)
+		return fmt.Errorf("%w: files were put into it, but it lacks the object %s; is its volume mounted, and blobs.url right? If it was moved, copy all of its objects; if the files are lost for good, say so with DELETE FROM walgate.secrets WHERE name = '%s'", ErrOtherStore, OwnerKey, ownerName)
 	case theirs == "":
-		if _, err := s.Write(ctx, ownerKey, strings.NewReader(ours), WriteOptions{ContentType: "text/plain"}); err != nil {
+		if _, err := s.Write(ctx, OwnerKey, strings.NewReader(ours), WriteOptions{ContentType: "text/plain"}); err != nil {
 			return fmt.Errorf("bind the blob store: %w", err)
 		}
 	}
@@ -55,7 +58,7 @@ func (r *Records) Bind(ctx context.Context, s *Store) error {
 
 // owner returns what the store's owner object holds; empty: there is none.
 func (s *Store) owner(ctx context.Context) (string, error) {
-	r, err := s.Read(ctx, ownerKey, 0, -1)
+	r, err := s.Read(ctx, OwnerKey, 0, -1)
 	if errors.Is(err, ErrNotFound) {
 		return "", s.accessible(ctx)
 	}

@@ -131,6 +131,10 @@ func TestObjectsComeBackAsTheyWere(t *testing.T) {
 					}
 				}
 			}
+			a, err := s.bucket.Attributes(t.Context(), key)
+			if typed := s.scheme != "file" && s.scheme != "gs"; err != nil || typed && a.ContentType != "application/octet-stream" { // those two stand-ins keep none
+				t.Errorf("%d bytes have type %s (%v): a signed URL would hand them out as that", size, a.ContentType, err)
+			}
 			if err := s.Delete(t.Context(), key); err != nil {
 				t.Fatal(err)
 			}

@@ -17,6 +17,7 @@ type durable struct {
 	root   string   // of the bucket
 	prefix string   // of all keys
 	synced sync.Map // directories that are known to be on the disk in their parents
+	sync   func(*os.File) error
 }
 
 // durableFiles prepares the URL: temporary files beside the final ones, so that a rename stays within one file system; no files
@@ -43,20 +44,20 @@ func durableFiles(u *url.URL) (*durable, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the blob store's directory: %w", err)
 	}
-	return &durable{root: root, prefix: q.Get("prefix")}, nil
+	return &durable{root: root, prefix: q.Get("prefix"), sync: (*os.File).Sync}, nil
 }
 
 // settle returns when the name of an object that was written and flushed is on the disk, with the directories above it.
 func (d *durable) settle(key string) error {
 	dir := filepath.Dir(filepath.Join(d.root, filepath.FromSlash(d.prefix+key)))
-	if err := syncDirectory(dir); err != nil {
+	if err := d.syncDirectory(dir); err != nil {
 		return err
 	}
 	for ; len(dir) >= len(d.root); dir = filepath.Dir(dir) {
 		if _, done := d.synced.Load(dir); done {
 			break
 		}
-		if err := syncDirectory(filepath.Dir(dir)); err != nil && len(dir) > len(d.root) { // what is above the root may not be ours to open
+		if err := d.syncDirectory(filepath.Dir(dir)); err != nil && len(dir) > len(d.root) { // what is above the root may not be ours to open
 			return err
 		}
 		d.synced.Store(dir, nil)
@@ -64,7 +65,7 @@ func (d *durable) settle(key string) error {
 	return nil
 }
 
-func syncDirectory(path string) error {
+func (d *durable) syncDirectory(path string) error {
 	if runtime.GOOS == "windows" {
 		return nil // can't
 	}
@@ -73,7 +74,7 @@ func syncDirectory(path string) error {
 		return err
 	}
 	defer f.Close()
-	if err := f.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, errors.ErrUnsupported) { // some file systems can't
+	if err := d.sync(f); err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, errors.ErrUnsupported) { // some file systems can't
 		return err
 	}
 	return nil

@@ -127,7 +127,7 @@ func (s *Store) Write(ctx context.Context, key string, r io.Reader, o WriteOptio
 	_, err = io.CopyBuffer(struct{ io.Writer }{w}, in, buf[:])
 	copyBuffers.Put(buf)
 	if err == nil && file != nil {
-		err = file.Sync()
+		err = s.files.sync(file)
 	}
 	if err != nil {
 		abort()
