@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -70,7 +71,10 @@ func empty(t testing.TB, s *Store, key string) {
 		t.Errorf("the size of what wasn't written: %v", err)
 	}
 	if r, err := s.Read(t.Context(), key, 0, -1); !errors.Is(err, ErrNotFound) {
-		t.Errorf("reading what wasn't written: %v, %v", r, err)
+		t.Errorf("reading what wasn't written: %v", err)
+		if r != nil {
+			r.Close()
+		}
 	}
 	if list := keys(t, s, ""); len(list) > 0 {
 		t.Errorf("left behind: %v", list)
@@ -120,7 +124,7 @@ func TestObjectsComeBackAsTheyWere(t *testing.T) {
 				t.Errorf("%d bytes have size %d, %v", size, n, err)
 			}
 			for _, span := range [][2]int64{{0, -1}, {0, size}, {0, 0}, {size, 0}, {0, 1}, {size - 1, 1}, {size / 2, size - size/2}, {size / 3, min(size/3, 999)}, {size / 2, -1}} {
-				if offset, n := span[0], span[1]; offset >= 0 && offset+n <= size {
+				if offset, n := span[0], span[1]; offset >= 0 && offset+n <= size && (size < 1<<23 || n < 1000 && offset <= 0 || n >= 0 && n < 1000) {
 					end := offset + n
 					if n < 0 {
 						end = size
@@ -303,6 +307,9 @@ func TestSignedURLs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if u, err := url.Parse(put.URL); s.scheme == "s3" && (err != nil || u.Query().Get("X-Amz-SignedHeaders") != "content-length;host;if-none-match") { // the stand-in checks no signature
+			t.Errorf("signed are %s (%v)", u.Query().Get("X-Amz-SignedHeaders"), err)
+		}
 		for i, want := range []bool{true, false} {
 			if status := send(t, http.MethodPut, put, stream(1000)); status/100 == 2 != want {
 				t.Errorf("PUT number %d: %d", i+1, status)
@@ -352,8 +359,8 @@ func TestAbsentBucket(t *testing.T) {
 	for _, kind := range []string{"s3", "gs", "azblob"} {
 		urls[kind] = strings.Replace(buckets[kind], "//files", "//nowhere", 1)
 	}
-	for kind, url := range urls {
-		s := openURL(t, url)
+	for kind, address := range urls {
+		s := openURL(t, address)
 		if kind == "file" {
 			if err := os.Remove(gone); err != nil {
 				t.Fatal(err)
@@ -370,7 +377,7 @@ func TestAbsentBucket(t *testing.T) {
 
 func TestRefusedURLs(t *testing.T) {
 	t.Parallel()
-	for url, want := range map[string]string{
+	for address, want := range map[string]string{
 		"":                               "scheme must be one of",
 		"/var/lib/walgate":               "scheme must be one of",
 		"ftp://x":                        "scheme must be one of",
@@ -381,8 +388,8 @@ func TestRefusedURLs(t *testing.T) {
 		"file:///tmp/x?metdata=skip":     "metdata",
 		"s3://%zz":                       "URL",
 	} {
-		if s, err := Open(t.Context(), url); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("%s: %v, %v; want %q", url, s, err, want)
+		if s, err := Open(t.Context(), address); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, %v; want %q", address, s, err, want)
 		}
 	}
 	if _, err := os.Stat("/tmp/x"); err == nil {

@@ -272,6 +272,31 @@ func TestQuotaIsExact(t *testing.T) {
 	f.settled()
 }
 
+// TestQuotaRowsAreLockedInOrder: transactions that change the same two subjects' rows never wait for each other.
+func TestQuotaRowsAreLockedInOrder(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t, RecordsOptions{})
+	var done sync.WaitGroup
+	for range 8 {
+		done.Go(func() {
+			for range 50 {
+				err := f.inTransaction(t.Context(), "change quotas", func(tx pgx.Tx) error {
+					return changeQuotas(t.Context(), tx, map[string]quotaChange{"ana": {used: 1}, "bob": {reserved: 1}})
+				})
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	done.Wait()
+	for subject, want := range map[string]Usage{"ana": {Used: 400}, "bob": {Reserved: 400}} {
+		if u, err := f.Usage(t.Context(), subject); err != nil || u != want {
+			t.Errorf("%s has %+v (%v), want %+v", subject, u, err, want)
+		}
+	}
+}
+
 func TestWhatAnUploadBecomes(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t, RecordsOptions{})
@@ -310,7 +335,7 @@ func TestWhatAnUploadBecomes(t *testing.T) {
 	}
 	f.settled() // the bytes are there until care deletes them
 	f.exec(`UPDATE walgate.files SET unreferenced_since = now()`)
-	f.publish(f.upload("ana", "photo", "two"), Created)
+	f.publish(f.upload("ana", "photo", "anew"), Created)
 	file, err := f.Find(t.Context(), "photo")
 	if err != nil || file.State != There || file.DeletedAt != nil || file.UnreferencedSince != nil || file.BytesGone {
 		t.Errorf("uploaded anew: %+v (%v)", file, err)
@@ -318,8 +343,8 @@ func TestWhatAnUploadBecomes(t *testing.T) {
 	f.settled()
 	f.exec(`UPDATE walgate.files SET state = 'm'`)
 	f.publish(f.upload("bob", "photo", "three"), Conflict)
-	f.publish(f.upload("bob", "photo", "two"), Created) // brings lost bytes back
-	if f.text("photo") != "two" {
+	f.publish(f.upload("bob", "photo", "anew"), Created) // brings lost bytes back
+	if f.text("photo") != "anew" {
 		t.Errorf("brought back as %q", f.text("photo"))
 	}
 	direct := f.upload("bob", "direct", "four")

@@ -206,6 +206,9 @@ func TestReleaseIsTakenUpAgain(t *testing.T) {
 	if _, err := f.Upload(t.Context(), p.Upload.ID, "ana"); !errors.Is(err, ErrGivenUp) {
 		t.Errorf("an upload that was given up: %v", err)
 	}
+	if _, err := f.Publish(t.Context(), p); !errors.Is(err, ErrGivenUp) {
+		t.Errorf("published what was given up: %v", err)
+	}
 	if err := os.RemoveAll(path); err != nil {
 		t.Fatal(err)
 	}

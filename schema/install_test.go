@@ -195,6 +195,11 @@ func TestInitUpgradesAnOlderInstallation(t *testing.T) {
 	_, fresh := database(t, identityTables)
 	install(t, fresh, identityNames...)
 	want := footprint(t, fresh)
+	for _, table := range []string{"walgate.pushes", "walgate.attachments"} {
+		if !strings.Contains(want, "published "+table+"\n") {
+			t.Errorf("a fresh installation doesn't publish %s", table)
+		}
+	}
 	for name, older := range map[string][]string{
 		"no pushes":      {MigrationSQL([]string{"001_source.sql"}), `CREATE PUBLICATION walgate_events WITH (publish = 'insert')`},
 		"no attachments": {MigrationSQL([]string{"001_source.sql", "002_pushes.sql", "003_sessions.sql"}), `CREATE PUBLICATION walgate_events FOR TABLE ONLY walgate.pushes WITH (publish = 'insert')`},
