@@ -156,10 +156,12 @@ func (a *Appender) removeReferences(ctx context.Context, gone map[pair]struct{})
 	for k := range gone {
 		attachments, scopes, documents = append(attachments, k.attachment), append(scopes, k.scope), append(documents, k.document)
 	}
-	_, err := a.conn.Exec(ctx, `DELETE FROM walgate.attachment_references r USING unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS t(attachment, scope, document)
-		WHERE r.attachment = t.attachment AND r.scope = t.scope AND r.document = t.document`, attachments, scopes, documents)
+	_, err := a.conn.Exec(ctx, removeSQL, attachments, scopes, documents)
 	return err
 }
+
+const removeSQL = `DELETE FROM walgate.attachment_references r USING unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS t(attachment, scope, document)
+	WHERE r.attachment = t.attachment AND r.scope = t.scope AND r.document = t.document`
 
 // touchStatement answers the places of those attachments whose bytes somebody sent, ever.
 const touchName, touchStatement = "touch", `SELECT place::int FROM unnest($1::uuid[]) WITH ORDINALITY AS t(key, place)

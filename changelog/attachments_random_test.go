@@ -211,6 +211,7 @@ type history struct {
 func (h *history) run() {
 	t := h.t
 	h.l, _ = newLog(t)
+	h.l.share = h.r.IntN(4)
 	h.model = newModel()
 	h.mirror = map[[2][16]byte]Operation{}
 	for i := range randomAttachments {

@@ -116,18 +116,20 @@ func (l *Log) Attachments(ctx context.Context, r ListRequest) (*List, error) {
 	}
 	sql := fmt.Sprintf(`SELECT x.*, (%[1]s)::text AS value FROM (`+all+`) x
 		WHERE NOT $4 OR (%[1]s, x.id COLLATE "C") %[2]s ($5::text::%[3]s, $6) ORDER BY %[1]s %[4]s, x.id COLLATE "C" %[4]s LIMIT $7`, column, beyond, order.kind, direction)
-	rows, err := l.pool.Query(ctx, sql, r.Scopes, r.ContentType, r.IDPrefix, r.After != "", defaultText(after.Value, order.kind), after.ID, r.Limit+1)
-	if err != nil {
-		return nil, readError(err)
-	}
 	var values []string
-	out.Attachments, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (o Operation, err error) {
-		var op, value string
-		err = r.Scan(&o.Version, &o.Attachment, &o.Scope, &o.ID, &op, &o.Size, &o.ContentType, &o.SHA256, &o.CreatedAt, &value)
-		values = append(values, value)
-		return o, err
+	b := &pgx.Batch{}
+	queueProbing(b)
+	b.Queue(sql, r.Scopes, r.ContentType, r.IDPrefix, r.After != "", defaultText(after.Value, order.kind), after.ID, r.Limit+1).Query(func(rows pgx.Rows) (err error) {
+		out.Attachments, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (o Operation, err error) {
+			var op, value string
+			err = r.Scan(&o.Version, &o.Attachment, &o.Scope, &o.ID, &op, &o.Size, &o.ContentType, &o.SHA256, &o.CreatedAt, &value)
+			values = append(values, value)
+			return o, err
+		})
+		return err
 	})
-	if err != nil {
+	b.Queue(`COMMIT`)
+	if err := l.pool.SendBatch(ctx, b).Close(); err != nil {
 		return nil, readError(err)
 	}
 	if n := r.Limit; len(out.Attachments) > n {

@@ -12,21 +12,23 @@ const holdersSQL = `SELECT k.key, ARRAY(SELECT o.scope FROM walgate.attachment_o
 
 // Holders returns the scopes that hold each of the attachments now; those that more than most scopes hold are left out.
 func (l *Log) Holders(ctx context.Context, attachments [][16]byte, most int) (map[[16]byte][][16]byte, error) {
-	rows, err := l.pool.Query(ctx, holdersSQL, attachments, most+1)
-	if err != nil {
-		return nil, readError(err)
-	}
 	out := make(map[[16]byte][][16]byte, len(attachments))
-	var key [16]byte
-	var scopes [][16]byte
-	_, err = pgx.ForEachRow(rows, []any{&key, &scopes}, func() error {
-		if len(scopes) <= most {
-			out[key] = scopes
-		}
-		scopes = nil
-		return nil
+	b := &pgx.Batch{}
+	queueProbing(b)
+	b.Queue(holdersSQL, attachments, most+1).Query(func(rows pgx.Rows) error {
+		var key [16]byte
+		var scopes [][16]byte
+		_, err := pgx.ForEachRow(rows, []any{&key, &scopes}, func() error {
+			if len(scopes) <= most {
+				out[key] = scopes
+			}
+			scopes = nil
+			return nil
+		})
+		return err
 	})
-	if err != nil {
+	b.Queue(`COMMIT`)
+	if err := l.pool.SendBatch(ctx, b).Close(); err != nil {
 		return nil, readError(err)
 	}
 	return out, nil

@@ -25,6 +25,7 @@ type Log struct {
 	// OnWaiting, where not nil, is told why an append takes long, again and again, and "" when that is over; it is called
 	// on the watchdog's goroutine.
 	OnWaiting func(why string)
+	share     int // of a page of operations that is read of each scope; 0: as the page's limit asks for
 }
 
 // Open makes a pool of at most maxConns connections to the log's database; it connects when first used. Every session

@@ -1,6 +1,7 @@
 package changelog
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"time"
@@ -38,6 +39,9 @@ const operationsFloorSQL = `SELECT greatest(attachments_floor, floor) FROM walga
 
 const filledSQL = `SELECT DISTINCT collection FROM walgate.attachment_fills WHERE done ORDER BY collection`
 
+// leastShare is how many operations of each scope a page reads at least.
+const leastShare = 16
+
 // Operations returns a page of what a caller's scopes are to do after Since, all in one snapshot.
 func (l *Log) Operations(ctx context.Context, r OperationsRequest) (*OperationsPage, error) {
 	if r.Until == 0 {
@@ -47,7 +51,7 @@ func (l *Log) Operations(ctx context.Context, r OperationsRequest) (*OperationsP
 		r.Scopes = [][16]byte{}
 	}
 	limit := max(r.Limit, 1)
-	for share := max(16, 2*limit/max(len(r.Scopes), 1)); ; limit, share = 2*limit, 2*share {
+	for share := cmp.Or(l.share, max(leastShare, 2*limit/max(len(r.Scopes), 1))); ; limit, share = 2*limit, 2*share {
 		p, whole, err := l.operations(ctx, r, limit, share)
 		if err != nil || whole {
 			return p, err
@@ -127,12 +131,15 @@ func (l *Log) operations(ctx context.Context, r OperationsRequest, limit, share 
 
 // addOperations reads the operations of the page's range: at most limit, but whole versions. The page ends with them.
 func (l *Log) addOperations(ctx context.Context, p *Page, since Version, limit int) error {
-	rows, err := l.pool.Query(ctx, `SELECT `+operationColumns+` FROM walgate.attachment_operations WHERE version > $1 AND version <= least($2,
-		(SELECT version FROM walgate.attachment_operations WHERE version > $1 ORDER BY version OFFSET $3 LIMIT 1)) ORDER BY version, attachment, scope`, int64(since), int64(p.Last), limit-1)
-	if err == nil {
+	b := &pgx.Batch{}
+	queueProbing(b)
+	b.Queue(`SELECT `+operationColumns+` FROM walgate.attachment_operations WHERE version > $1 AND version <= least($2,
+		(SELECT version FROM walgate.attachment_operations WHERE version > $1 ORDER BY version OFFSET $3 LIMIT 1)) ORDER BY version, attachment, scope`, int64(since), int64(p.Last), limit-1).Query(func(rows pgx.Rows) (err error) {
 		p.Operations, err = pgx.CollectRows(rows, scanOperation)
-	}
-	if err != nil {
+		return err
+	})
+	b.Queue(`COMMIT`)
+	if err := l.pool.SendBatch(ctx, b).Close(); err != nil {
 		return readError(err)
 	}
 	if n := len(p.Operations); n >= limit && p.Operations[n-1].Version < p.Last {
