@@ -202,3 +202,18 @@ func (p *gatewayProcess) release() {
 		p.t.Logf("the gateway's log, without failed requests and policies, ends with:\n%s", telling[max(0, len(telling)-most):])
 	}
 }
+
+// rewrite replaces a part of the configuration, for the next start.
+func (p *gatewayProcess) rewrite(old, new string) {
+	p.t.Helper()
+	text, err := os.ReadFile(p.config)
+	if err == nil && !bytes.Contains(text, []byte(old)) {
+		err = fmt.Errorf("%s doesn't have %s", p.config, old)
+	}
+	if err == nil {
+		err = os.WriteFile(p.config, bytes.Replace(text, []byte(old), []byte(new), 1), 0o600)
+	}
+	if err != nil {
+		p.t.Fatal(err)
+	}
+}
