@@ -46,13 +46,14 @@ func newGateway(b *bench, d *database, policy string) (*gateway, error) {
 	text := fmt.Sprintf(`database: {url: %q}
 replication: {slot: %s}
 http: {listen: "127.0.0.1:%d"}
-limits: {requests_per_second: 1000000, burst: 1000000, stream_connections: 20000, stream_connections_per_subject: 20000}
+limits: {requests_per_second: 1000000, burst: 1000000, stream_connections: 20000, stream_connections_per_subject: 20000, attachment: 10GB, quota: 1000GB}
+blobs: {url: "file://%s"}
 auth: {jwt: {secret: %q}}
 log: {level: warn}
 collections:
   items:
     table: public.items
-%s`, d.dsn, d.name, port, secret, policy)
+%s`, d.dsn, d.name, port, filepath.ToSlash(filepath.Join(b.dir, d.name+".blobs")), secret, policy)
 	return g, os.WriteFile(g.config, []byte(text), 0o600)
 }
 

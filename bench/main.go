@@ -31,7 +31,6 @@ type path struct {
 
 var paths = []path{
 	{"drain", "a backlog of inserts, 1000 a transaction, into the log", runDrain, false},
-	{"references", "a backlog of inserts that name an attachment each, beside the same without", runReferences, false},
 	{"updates", "a backlog of one-row transactions into the log", runUpdates, false},
 	{"live", "one-row transactions by eight clients, under way", runLive, false},
 	{"large", "one transaction of all rows into the log", runLarge, false},
@@ -43,6 +42,9 @@ var paths = []path{
 	{"fanout", "one change to many sockets, and what idle sockets hold", runFanOut, false},
 	{"one", "a change for one of few and of many sockets", runOne, false},
 	{"push", "clients that push, and wait for their versions", runPush, false},
+	{"references", "a backlog of inserts and one of updates, with a reference in each row", runReferences, false},
+	{"files", "uploads and downloads beside a bare copy over HTTP", runFiles, false},
+	{"manifest", "a manifest of the few operations that are new", runManifest, false},
 	{"huge", "memory: one transaction of twice as many rows", runHuge, false},
 	{"giant", "memory: a row of 50 MB on every way", runGiant, false},
 	{"slow", "memory: sockets that don't read for a while", runSlow, false},
@@ -54,6 +56,13 @@ const fullScale = 1
 func main() {
 	if len(os.Args) > 1 && os.Args[1] == bareFanOutCommand { // The limit of fan-out needs a process of its own too.
 		if err := serveBareFanOut(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	if len(os.Args) > 2 && os.Args[1] == bareFilesCommand {
+		if err := serveBareFiles(os.Args[2]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
