@@ -197,7 +197,7 @@ func (d *demo) writeConfig() (err error) {
 		}
 	}
 	d.configPath = filepath.Join(d.dir, "config.yaml")
-	text := []byte(demoConfig(d.database, d.port, secret))
+	text := []byte(demoConfig(d.database, d.dir, d.port, secret))
 	if d.configOut != "" {
 		if err := os.WriteFile(d.configOut, text, 0o600); err != nil {
 			return fmt.Errorf("write the configuration to --config-out: %w", err)
@@ -208,7 +208,7 @@ func (d *demo) writeConfig() (err error) {
 
 // demoConfig returns the gateway's configuration for the to-do application: everybody sees what they own and what
 // belongs to their teams.
-func demoConfig(database string, port int, secret string) string {
+func demoConfig(database, dir string, port int, secret string) string {
 	return fmt.Sprintf(`# The configuration that walgate demo runs its gateway with.
 
 auto_init: true # the source belongs to the demo
@@ -224,6 +224,9 @@ auth:
   jwt: {secret: %[3]q}
 
 log: {level: warn, format: text}
+
+blobs: {url: "file://%[4]s/blobs"}
+attachments: {grace: 1m} # so that one can see files go
 
 collections:
   teams:
@@ -242,12 +245,13 @@ collections:
       - {team_id: claims.teams}
     write: {roles: [user], columns: [list_id, team_id, title, done, due, photo_id], set: {owner_id: claims.sub}, check: "size(row.title) > 0"}
     conflict: merge
+    attachments: [{column: photo_id}]
   comments:
     table: public.comments
     scope:
       - {owner_id: claims.sub}
       - {team_id: claims.teams}
-`, database, port, secret)
+`, database, port, secret, filepath.ToSlash(dir))
 }
 
 // run runs the gateway, and once it serves, the application's writer and Ana's client, until ctx ends or one fails.
@@ -272,6 +276,7 @@ func (d *demo) run(ctx context.Context) error {
 			}
 			group.Go(func() error { return demoWriter(ctx, d.database, d.rate) })
 			group.Go(func() error { return d.tabletReturns(ctx, base) })
+			group.Go(func() error { return d.camera(ctx, base) })
 			return d.watch(ctx, base)
 		}
 	})
@@ -302,7 +307,7 @@ func (d *demo) printGuide(base, since string) error {
 	_, err = fmt.Fprint(d.out, strings.NewReplacer(
 		"{BASE}", base, "{WS}", "ws"+strings.TrimPrefix(base, "http"), "{DSN}", d.database, "{DIR}", d.dir,
 		"{VERSION}", fmt.Sprint(d.version), "{ANA}", ana, "{BEN}", ben, "{SINCE}", since, "{COLLECTIONS}", demoCollections,
-		"{LIST}", demoAnasInbox, "{OWNER}", demoAna, "{SUBSCRIBE}", demoSubscribe(since),
+		"{LOGO}", demoLogoList, "{DESIGN}", demoDesign, "{LIST}", demoAnasInbox, "{OWNER}", demoAna, "{SUBSCRIBE}", demoSubscribe(since),
 	).Replace(demoGuide))
 	return err
 }
@@ -335,11 +340,21 @@ Push an edit as Ana's phone would; repeated with the same change_id it is done o
 
   curl -s -H "Authorization: Bearer $ANA" -H 'Content-Type: application/json' '{BASE}/sync/push' -d '{"client_id":"anas-phone","changes":[{"change_id":"1","collection":"todos","operation":"insert","local_id":"note-1","data":{"list_id":"{LIST}","title":"Pushed with curl"}}]}'
 
+Two devices and a photo: Ana's phone uploads it and a row that names it, Ben's tablet is told to download it:
+
+  curl -s -H "Authorization: Bearer $ANA" -H 'Content-Type: image/png' -T photo.png '{BASE}/attachments/anas-photo.png'
+  curl -s -H "Authorization: Bearer $ANA" -H 'Content-Type: application/json' '{BASE}/sync/push' -d '{"client_id":"anas-phone","changes":[{"change_id":"2","collection":"todos","operation":"insert","local_id":"note-2","data":{"list_id":"{LOGO}","team_id":"{DESIGN}","title":"See the photo","photo_id":"anas-photo.png"}}]}'
+  curl -s -H "Authorization: Bearer $BEN" -H 'Content-Type: application/json' '{BASE}/attachments/manifest' -d '{"client_id":"bens-laptop","since_version":0}'
+
+The application clears the column, and every device is told to delete the file (ask again from the current_version):
+
+  psql '{DSN}' -c "UPDATE todos SET photo_id = NULL WHERE photo_id = 'anas-photo.png'"
+
 Write as any application would, and see it arrive below:
 
   psql '{DSN}' -c "INSERT INTO todos (list_id, owner_id, title) VALUES ('{LIST}', '{OWNER}', 'Written in psql')"
 
-Ctrl-C ends the demo. Below, Ben's tablet goes offline and returns. The other lines are what Ana's client receives, and
-how long after the commit:
+Ctrl-C ends the demo. Below, Ben's tablet goes offline and returns, and his camera adds photos to todos. The other lines
+are what Ana's client receives, files too, and how long after the commit:
 
 `

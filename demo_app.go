@@ -72,7 +72,8 @@ var demoActions = []demoAction{
 	{25, `UPDATE todos SET done = NOT done WHERE $1 <> '' AND id = (SELECT id FROM todos ORDER BY random() LIMIT 1)`},
 	{10, `UPDATE todos SET title = $1 WHERE id = (SELECT id FROM todos ORDER BY random() LIMIT 1)`},
 	{5, `UPDATE todos SET due = current_date + 3 WHERE $1 <> '' AND id = (SELECT id FROM todos ORDER BY random() LIMIT 1)`},
-	{5, `UPDATE todos SET photo_id = md5($1) || '.jpg' WHERE id = (SELECT id FROM todos ORDER BY random() LIMIT 1)`},
+	// The file goes with its last reference, on every device and, some time later, in the store.
+	{5, `UPDATE todos SET photo_id = NULL WHERE $1 <> '' AND id = (SELECT id FROM todos WHERE photo_id IS NOT NULL ORDER BY random() LIMIT 1)`},
 	{15, `INSERT INTO comments (todo_id, author_id, body)
 		SELECT id, owner_id, $1 || '?' FROM todos ORDER BY random() LIMIT 1`},
 	// To another list, and so often to another owner or team: some clients see it go, others see it come.

@@ -36,6 +36,8 @@ type demoFrame struct {
 	LastSeq    string         `json:"last_seq"`
 	End        bool           `json:"end"`
 	Detail     string         `json:"detail"`
+
+	AttachmentID string `json:"attachment_id"`
 }
 
 // watch is Ana's client: everything once, then every change, printed with its latency. It goes on where it was after a
@@ -143,7 +145,8 @@ func demoSubscribe(since string) string {
 		Type        string   `json:"type"`
 		Since       string   `json:"since"`
 		Collections []string `json:"collections"`
-	}{"subscribe", since, strings.Split(demoCollections, ",")})
+		Attachments bool     `json:"attachments"`
+	}{"subscribe", since, strings.Split(demoCollections, ","), true})
 	return string(text)
 }
 
@@ -173,6 +176,10 @@ func (d *demo) follow(ctx context.Context, base, token string, since *string) er
 		var frame demoFrame
 		if err := json.Unmarshal(text, &frame); err != nil {
 			return fmt.Errorf("a frame that is no JSON: %w", err)
+		}
+		if frame.Type == "attachment" {
+			d.showFile(ctx, base, token, frame, arrived)
+			continue
 		}
 		if err := d.show(frame, arrived); err != nil {
 			return err

@@ -128,7 +128,7 @@ func TestDemoConfigLoads(t *testing.T) {
 	t.Parallel()
 	const dsn, secret = "postgres://postgres:p%40ss@127.0.0.1:1/todo?sslmode=disable", "0123456789abcdef0123456789abcdef"
 	path := filepath.Join(t.TempDir(), "config.yaml")
-	if err := os.WriteFile(path, []byte(demoConfig(dsn, 4711, secret)), 0o600); err != nil {
+	if err := os.WriteFile(path, []byte(demoConfig(dsn, t.TempDir(), 4711, secret)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	config, err := Load(path, func(string) (string, bool) { return "", false })
