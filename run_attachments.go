@@ -33,7 +33,10 @@ func (p *parts) openBlobs(ctx context.Context, cfg *Config, logger *slog.Logger)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	if err != nil {
+	if err != nil && p.blobs != nil && store.Scheme() != "file" { // a service that is away must not keep rows from their clients
+		f := blobsFault(cfg.Blobs.URL, err)
+		logger.Error("rows are synced, but uploads and downloads of attachments fail until the blob store works", "found", f.Got, "remedy", f.Hint)
+	} else if err != nil {
 		return FaultsError(cfg, []policies.Fault{blobsFault(cfg.Blobs.URL, err)})
 	}
 	if store.Scheme() == "mem" {

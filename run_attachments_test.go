@@ -90,6 +90,7 @@ func TestBlobStoreRefused(t *testing.T) {
 	if err := serve(ctx, cfg, newLogger(cfg, t.Output()), nil); err == nil || !strings.Contains(err.Error(), "blobs.url: found a blob store that can't be used") {
 		t.Errorf("serve where nothing can be written: %v", err)
 	}
+	serveOnce(t, config("s3://away?endpoint=http://127.0.0.1:1&region=here&use_path_style=true&anonymous=true", with)) // rows don't wait for it
 	serveOnce(t, config("file://"+blobs, without))
 	if _, err := os.Stat(blobs); !os.IsNotExist(err) {
 		t.Errorf("the directory that nobody needs: %v", err)
