@@ -112,6 +112,21 @@ func (p *filesPair) gone(id string) {
 	}
 }
 
+// swept waits until so many rounds of care have ended that began more than grace after now.
+func (p *filesPair) swept(rounds int) {
+	p.t.Helper()
+	var last time.Time
+	resyncScan(p.t, p.app, []any{&last}, `SELECT clock_timestamp() + interval '1 second'`)
+	resyncEventually(p.t, "a round of care ends", func() bool {
+		var at *time.Time
+		resyncScan(p.t, p.app, []any{&at}, `SELECT swept_at FROM walgate.care`)
+		if at != nil && at.After(last) {
+			last, rounds = *at, rounds-1
+		}
+		return rounds == 0
+	})
+}
+
 // TestTwoDevices is the main job of attachments from end to end: one device uploads a file and a row that names it, the other
 // learns of it, downloads it, and is told to delete it when the application, which knows nothing of walgate, lets go of it.
 func TestTwoDevices(t *testing.T) {
@@ -166,7 +181,18 @@ func TestFilesFollowRows(t *testing.T) {
 			p.holds(p.ben)
 			p.sql(`UPDATE notes SET team = 'blue'`)
 			p.both("a.jpg")
+			p.sql(`DELETE FROM notes`)
+		}},
+		{"hidden for longer than grace", func(p *filesPair) {
+			p.sql(row)
+			p.put("a.jpg")
+			p.both("a.jpg")
 			p.sql(`UPDATE notes SET hidden = true`)
+			p.both()
+			p.swept(2)
+			p.sql(`UPDATE notes SET hidden = false`)
+			p.both("a.jpg")
+			p.sql(`DELETE FROM notes`)
 		}},
 		{"two rows share it", func(p *filesPair) {
 			p.put("a.jpg")
