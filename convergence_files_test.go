@@ -47,7 +47,7 @@ http: {listen: "127.0.0.1:%[1]d", public_url: "http://127.0.0.1:%[1]d"}
 limits: {drain: 3s, requests_per_second: 100000, burst: 100000}
 auth: {jwt: {secret: %[2]q}}
 log: {format: text}
-attachments: {grace: 2s, sweep_guard: 100}
+attachments: {grace: 2s, upload_ttl: 2s, sweep_guard: 100}
 collections:` + filesCollections
 
 // filesConvergence is one seed's run.
@@ -333,13 +333,21 @@ func (v *filesConvergence) audit() {
 	type record struct {
 		ID, State string
 		Swept     bool
+		Key       string
 	}
 	var records []record
+	var objects []string
+	defer func() {
+		if v.t.Failed() {
+			v.t.Logf("stored: %q\nrecords: %+v", objects, records)
+		}
+	}()
 	resyncEventually(v.t, "the store holds what rows name, and nothing else", func() bool {
 		conn, err := pgx.Connect(ctx, v.dsn)
 		must(v.t, err)
 		defer conn.Close(ctx)
-		rows, err := conn.Query(ctx, `SELECT attachment_id, state::text, unreferenced_since IS NOT NULL FROM walgate.files`)
+		rows, err := conn.Query(ctx, `SELECT attachment_id, state::text, unreferenced_since IS NOT NULL, storage_key FROM walgate.files
+			UNION ALL SELECT attachment_id, 'upload ' || kind, false, storage_key FROM walgate.uploads`)
 		must(v.t, err)
 		records, err = pgx.CollectRows(rows, pgx.RowToStructByPos[record])
 		must(v.t, err)
@@ -349,11 +357,14 @@ func (v *filesConvergence) audit() {
 				there++
 			}
 		}
-		return len(storedObjects(v.t, v.dir)) == there
+		objects = storedObjects(v.t, v.dir)
+		return len(objects) == there
 	})
 	states := map[string]record{}
 	for _, r := range records {
-		states[r.ID] = r
+		if len(r.State) == 1 {
+			states[r.ID] = r
+		}
 	}
 	for _, d := range v.devices {
 		for id, last := range d.last {
