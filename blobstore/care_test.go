@@ -261,7 +261,6 @@ func TestUnsureSweepsNothing(t *testing.T) {
 	c.file("new", "new")
 	c.expect("deleted", "d noted", "ud")
 	c.exec(`UPDATE walgate.files SET unreferenced_since = now() - interval '2 hours' WHERE attachment_id = 'due'`)
-	before := c.dump()
 	for what, set := range map[string]func(){
 		"a fill isn't done":      func() { c.names.unfilled = "collection docs: 3 of about 7" },
 		"the log is behind":      func() { c.names.behind = errors.New("the log is behind") },
@@ -272,6 +271,7 @@ func TestUnsureSweepsNothing(t *testing.T) {
 	} {
 		c.names.unfilled, c.names.behind, c.names.failing, c.names.onPass, c.names.passes = "", nil, nil, nil, 0
 		set()
+		before := c.dump()
 		r, err := c.care.Round(t.Context(), RoundOptions{})
 		if err == nil && len(r.HeldUp()) == 0 {
 			t.Errorf("%s: nobody says so", what)

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -338,7 +339,7 @@ func TestInterruptedWalkGoesOn(t *testing.T) {
 	away := errors.New("the store is away")
 	f := &faulty{objects: s}
 	c.care.store, c.care.now = f, func() time.Time { return time.Now().Add(2 * time.Hour) }
-	deleted := 0
+	var deleted atomic.Int64
 	for _, step := range []struct {
 		what          string
 		onList        func(int) error
@@ -346,7 +347,7 @@ func TestInterruptedWalkGoesOn(t *testing.T) {
 		fails, goesOn bool
 	}{
 		{"looking is cut off", func(k int) error { return map[bool]error{true: away}[k == lookBatch+100] }, nil, true, false},
-		{"mending is cut off", nil, func(string) error { return map[bool]error{true: away}[deleted > lookBatch+100] }, true, true},
+		{"mending is cut off", nil, func(string) error { return map[bool]error{true: away}[deleted.Load() > lookBatch+100] }, true, true},
 		{"the rest", nil, nil, false, true},
 	} {
 		f.onList, f.after = step.onList, nil
@@ -356,9 +357,7 @@ func TestInterruptedWalkGoesOn(t *testing.T) {
 				err = step.onDelete(key)
 			}
 			if err == nil {
-				c.names.mu.Lock()
-				deleted++
-				c.names.mu.Unlock()
+				deleted.Add(1)
 			}
 			return err
 		}
