@@ -406,3 +406,37 @@ func TestListingBesideUploads(t *testing.T) {
 	close(stop)
 	<-ended
 }
+
+// TestWalkIsOvertaken has a record come after the walk has read the records, and bytes come back after it has listed them.
+func TestWalkIsOvertaken(t *testing.T) {
+	t.Parallel()
+	c := newCaring(t)
+	for _, id := range []string{"photo", "picture", "video"} {
+		c.file(id, "bytes of "+id)
+		c.names.set(id, true)
+	}
+	last := c.put("walgate/ff/ffffffffffffffffffffffffffffffff", "new")
+	key := c.key("video")
+	if err := c.store.Delete(t.Context(), key); err != nil {
+		t.Fatal(err)
+	}
+	f := &faulty{objects: c.store}
+	f.onList = func(n int) error {
+		if len(f.after) == 2 && n == 3 { // it mends, and has read the records
+			p := c.upload("ana", "new", "new")
+			p.Key = last
+			c.publish(p, Created)
+			c.put(key, "bytes of video")
+		}
+		return nil
+	}
+	c.care.store = f
+	r := c.reconcile(2 * time.Hour)
+	if r.Orphans.Files != 1 || r.Missing.Files != 1 {
+		t.Fatalf("the look found %+v", r)
+	}
+	if r.Deleted.Files != 0 || r.Lost.Files != 0 || c.text("new") != "new" || c.text("video") != "bytes of video" {
+		t.Errorf("%+v", r)
+	}
+	c.expect("video", "u", "u")
+}
