@@ -88,6 +88,7 @@ func TestAttachmentDirect(t *testing.T) { // not parallel: the SDK finds credent
 	}
 	e.post(t, "/attachments/x/upload-url", reader(t, "ana"), strings.NewReader(`{"size":1}`)).problem(t, Forbidden)
 	e.post(t, "/attachments/a/upload-url", ben, strings.NewReader(`{"size":1}`)).problem(t, AttachmentExists)
+	e.post(t, "/attachments/a/upload-url", ben, strings.NewReader(fmt.Sprintf(`{"size":5,"sha256":%q}`, hexText(sha("hello"))))).problem(t, AttachmentExists)
 	ask("first", ana, strings.Repeat("x", 900))
 	e.post(t, "/attachments/second/upload-url", ana, strings.NewReader(`{"size":100}`)).problem(t, QuotaExceeded)
 	a := e.get(t, "/attachments/a/download-url", ana)

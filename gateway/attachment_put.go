@@ -195,8 +195,7 @@ func (u *upload) admitted() (replace []byte, err error) {
 func (u *upload) compare() (done blobstore.Published, err error) {
 	v := u.view
 	done = blobstore.Published{Outcome: blobstore.Same, File: v.file}
-	known := v.there() && (v.mayRead() || v.file.Subject == v.subject)
-	if !known {
+	if !v.mayCompare() {
 		return done, v.exists()
 	}
 	said := u.repr.sha256

@@ -141,9 +141,14 @@ func (v *attachmentView) mayDelete() bool {
 	return v.keeper || v.mine() || v.write.Within && !v.write.Outside
 }
 
-// knownSame says whether the caller may be told that it sent what is there already: it can read that, or sent it itself.
+// mayCompare says whether the caller may be told that it sent what is there already: it can read that, or sent it itself.
+func (v *attachmentView) mayCompare() bool {
+	return v.there() && (v.mayRead() || v.file.Subject == v.subject)
+}
+
+// knownSame says whether a digest is that of what is there, to who may be told so.
 func (v *attachmentView) knownSame(digest []byte) bool {
-	return v.there() && (v.mayRead() || v.file.Subject == v.subject) && bytes.Equal(v.file.SHA256, digest)
+	return v.mayCompare() && bytes.Equal(v.file.SHA256, digest)
 }
 
 // exists is the refusal of an upload to an id that is taken. Only who may read what is there learns of it.
