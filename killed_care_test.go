@@ -230,7 +230,6 @@ func TestGarbageCommand(t *testing.T) {
 			t.Errorf("gc %v says %v\n%s", args, err, out)
 		}
 	}
-	t.Log(c.metrics())
 	resyncEventually(t, "the metric says so", func() bool { return strings.Contains(c.metrics(), "walgate_attachment_guard_tripped 1") })
 	if out, err := c.gc("--force"); err != nil || !strings.Contains(out, "were deleted; their bytes go with the next round") {
 		t.Errorf("gc --force: %v\n%s", err, out)

@@ -64,6 +64,7 @@ func newMetrics(g *Gateway) *metrics {
 	m.registerAttachments()
 	m.registerManifests()
 	m.streams = prometheus.NewGauge(prometheus.GaugeOpts{Name: "sync_websocket_connections", Help: "Subscribed WebSockets."})
+	r.MustRegister(g.o.Collectors...)
 	r.MustRegister(fillMetrics{g}, m.streams, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
 	status := func(value func(SourceStatus) float64) func() float64 {
