@@ -111,6 +111,7 @@ func uninstall(ctx context.Context, cfg *Config, logger *slog.Logger) error {
 	if err := replication.DropSlot(ctx, conn.Conn(), cfg.Replication.Slot); err != nil {
 		return err
 	}
+	unbindBlobs(ctx, cfg, source, logger)
 	if err := schema.Uninstall(ctx, conn.Conn(), schema.PublicationsFor(cfg.Replication.Publication)); err != nil {
 		return err
 	}

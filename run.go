@@ -46,6 +46,9 @@ func serve(ctx context.Context, cfg *Config, logger *slog.Logger, ready chan<- s
 	if err := p.openFiles(ctx, cfg); err != nil {
 		return err
 	}
+	if err := p.bindBlobs(ctx, cfg); err != nil {
+		return err
+	}
 	auth, err := newAuthenticator(ctx, cfg, logger)
 	if err != nil {
 		return err

@@ -2,8 +2,11 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net/url"
+
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/walgate/walgate/blobstore"
 	"github.com/walgate/walgate/policies"
@@ -75,4 +78,36 @@ func (p *parts) openFiles(ctx context.Context, cfg *Config) (err error) {
 		p.signingKey, err = schema.SigningKey(ctx, p.source)
 	}
 	return err
+}
+
+// bindBlobs makes sure that the blob store is the one in which the files are. One that is away is held against the source
+// later, by the attachments' care.
+func (p *parts) bindBlobs(ctx context.Context, cfg *Config) error {
+	if p.files == nil {
+		return nil
+	}
+	err := p.files.Bind(ctx, p.blobs)
+	if !errors.Is(err, blobstore.ErrOtherStore) && p.blobs.Scheme() != "file" {
+		return nil
+	}
+	if err != nil && ctx.Err() == nil {
+		return FaultsError(cfg, []policies.Fault{{Path: "blobs.url", Got: err.Error(), Want: "the blob store of this database"}})
+	}
+	return err
+}
+
+// unbindBlobs leaves the blob store to whoever comes next. Its files stay.
+func unbindBlobs(ctx context.Context, cfg *Config, source *pgxpool.Pool, logger *slog.Logger) {
+	if !cfg.hasAttachments() {
+		return
+	}
+	store, err := blobstore.Open(ctx, cfg.Blobs.URL)
+	if err == nil {
+		defer store.Close()
+		err = blobstore.NewRecords(source, blobstore.RecordsOptions{}).Unbind(ctx, store)
+	}
+	if err != nil {
+		logger.Warn("the blob store still says that it belongs to this installation; before another one uses it, delete its object "+blobstore.OwnerKey, "error", err)
+	}
+	logger.Info("the files of attachments stay where blobs.url says; delete them if nobody needs them")
 }

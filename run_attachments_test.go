@@ -101,6 +101,35 @@ func TestBlobStoreRefused(t *testing.T) {
 	}
 }
 
+// TestBlobStoreOfAnother: serve doesn't begin with the blob store of another installation, until that one is uninstalled.
+func TestBlobStoreOfAnother(t *testing.T) {
+	t.Parallel()
+	blobs := "file://" + filepath.Join(t.TempDir(), "blobs")
+	var configs [2]*Config
+	for i := range configs {
+		dsn := pgserver.ForTest(t).Database(t)
+		resyncExec(t, connect(t, dsn), `CREATE TABLE tasks (id int PRIMARY KEY, photo_id text)`)
+		cfg, err := Load(refuseConfig(t, dsn, "auto_init: true\nblobs: {url: \""+blobs+"\"}\n", "  tasks: {table: tasks, attachments: [{column: photo_id}]}\n"), os.LookupEnv)
+		if err != nil {
+			t.Fatal(err)
+		}
+		configs[i] = cfg
+	}
+	first, second := configs[0], configs[1]
+	serveOnce(t, first)
+	serveOnce(t, first)
+	ctx, cancel := context.WithTimeout(t.Context(), refuseWait)
+	defer cancel()
+	err := serve(ctx, second, newLogger(second, t.Output()), nil)
+	if err == nil || !strings.Contains(err.Error(), second.Position("blobs.url")+": blobs.url: found the blob store is not the one") || !strings.Contains(err.Error(), "walgate-owner") {
+		t.Errorf("another's blob store: %v", err)
+	}
+	if err := uninstall(t.Context(), first, newLogger(first, t.Output())); err != nil {
+		t.Fatal(err)
+	}
+	serveOnce(t, second)
+}
+
 // serveOnce serves until clients can connect.
 func serveOnce(t *testing.T, cfg *Config) {
 	t.Helper()

@@ -56,6 +56,26 @@ func (r *Records) Bind(ctx context.Context, s *Store) error {
 	return err
 }
 
+// Unbind takes back what Bind wrote into the store, if it is still this source's.
+func (r *Records) Unbind(ctx context.Context, s *Store) error {
+	if s.scheme == memblob.Scheme {
+		return nil
+	}
+	var ours string
+	err := r.pool.QueryRow(ctx, `SELECT coalesce((SELECT convert_from(value, 'UTF8') FROM walgate.secrets WHERE name = $1), '')`, ownerName).Scan(&ours)
+	theirs := ""
+	if err == nil {
+		theirs, err = s.owner(ctx)
+	}
+	if err == nil && theirs != "" && theirs == strings.TrimPrefix(ours, "new ") {
+		err = s.Delete(ctx, OwnerKey)
+	}
+	if err != nil {
+		return fmt.Errorf("unbind the blob store: %w", err)
+	}
+	return nil
+}
+
 // owner returns what the store's owner object holds; empty: there is none.
 func (s *Store) owner(ctx context.Context) (string, error) {
 	r, err := s.Read(ctx, OwnerKey, 0, -1)

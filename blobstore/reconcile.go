@@ -3,6 +3,7 @@ package blobstore
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"time"
 )
@@ -49,6 +50,10 @@ func (r *round) reconcileWhenDue(ctx context.Context) error {
 	if !due && !r.o.Reconcile {
 		return nil
 	}
+	if other := r.otherStore(ctx); other != nil {
+		r.Reconcile = &Reconciled{HeldUp: []HeldUp{*other}}
+		return r.noteFound(ctx, `result`, r.Reconcile)
+	}
 	if p.Step == "" || r.o.DryRun || r.c.now().Sub(p.At).Abs() > resumable {
 		p = progress{Step: stepLook}
 	}
@@ -77,8 +82,23 @@ func (r *round) reconcile(ctx context.Context, p *progress) error {
 			return err
 		}
 	}
-	return r.write(ctx, "note what was found", `UPDATE walgate.care SET reconciled_at = now(), progress = '{}',
-		result = (result::jsonb || jsonb_build_object('reconcile', $1::jsonb))::json`, jsonText(f))
+	return r.noteFound(ctx, `reconciled_at = now(), progress = '{}', result`, f)
+}
+
+// noteFound keeps what was found, for the metrics of all instances.
+func (r *round) noteFound(ctx context.Context, set string, f *Reconciled) error {
+	return r.write(ctx, "note what was found", `UPDATE walgate.care SET `+set+` = (result::jsonb || jsonb_build_object('reconcile', $1::jsonb))::json`, jsonText(f))
+}
+
+// otherStore says that the store isn't the one in which the files are; nil: it is, or can't be asked, which walking it will tell.
+func (r *round) otherStore(ctx context.Context) *HeldUp {
+	if r.o.DryRun {
+		return nil
+	}
+	if err := r.c.o.Records.Bind(ctx, r.c.o.Store); errors.Is(err, ErrOtherStore) {
+		return &HeldUp{Guard: true, What: "the blob store was not held against the records", Why: err.Error(), Next: "nothing was deleted, and no client was told that files are missing; mend that, and the next round looks again"}
+	}
+	return nil
 }
 
 // suspicious says what of it is more than one round may find; nothing is mended then.
