@@ -77,7 +77,7 @@ func TestAttachmentExpect(t *testing.T) {
 	}
 }
 
-// TestAttachmentRefusedOnKeptConnections: what is left of a refused body is no request.
+// TestAttachmentRefusedOnKeptConnections: what is left of a body that nobody wanted is no request.
 func TestAttachmentRefusedOnKeptConnections(t *testing.T) {
 	t.Parallel()
 	e := newBytesEnv(t, "", setup{options: func(o *Options) { o.AttachmentLimit = 10 << 20 }})
@@ -93,6 +93,9 @@ func TestAttachmentRefusedOnKeptConnections(t *testing.T) {
 		{"small", "PUT", "/attachments/a..b", ana, 2_000, false, 400}, {"medium", "PUT", "/attachments/a..b", ana, 200_000, false, 400}, {"large", "PUT", "/attachments/a..b", ana, 2_000_000, false, 400},
 		{"too large", "PUT", "/attachments/a", ana, 11 << 20, false, 413}, {"no token", "PUT", "/attachments/a", "x", 20_000, false, 401}, {"chunked", "PUT", "/attachments/a..b", ana, 2_000, true, 400},
 		{"a push", "POST", "/sync/push", "x", 200_000, false, 401}, {"a chunked push", "POST", "/sync/push", "x", 2_000, true, 401}, {"nothing there", "PUT", "/nowhere", ana, 200_000, false, 404},
+		{"read nothing", "GET", "/healthz", "", 20_000, false, 200}, {"read nothing large", "GET", "/healthz", "", 2_000_000, false, 200}, {"read nothing chunked", "GET", "/healthz", "", 2_000, true, 200},
+		{"list", "GET", "/attachments", ana, 20_000, false, 200}, {"download", "GET", "/attachments/mine", ana, 20_000, false, 200}, {"chunked download", "GET", "/attachments/mine", ana, 2_000, true, 200},
+		{"delete", "DELETE", "/attachments/a", ana, 20_000, false, 204}, {"options", "OPTIONS", "/uploads", ana, 20_000, false, 204},
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			t.Parallel()

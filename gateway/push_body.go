@@ -37,6 +37,7 @@ func (g *Gateway) readPushBody(ctx context.Context, c *fiber.Ctx) ([]byte, *leas
 	body, err := readAtMost(request.BodyStream(), request.Header.ContentLength(), most)
 	if err == nil {
 		room.shrink(len(body))
+		c.Locals(bodyReadKey{}, true)
 		return body, room, nil
 	}
 	room.release()

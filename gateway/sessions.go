@@ -237,6 +237,7 @@ func readSmallBody(c *fiber.Ctx) ([]byte, error) {
 	}
 	body, err := io.ReadAll(io.LimitReader(stream, sessionBody+1))
 	if err == nil && len(body) <= sessionBody {
+		c.Locals(bodyReadKey{}, true)
 		return body, nil
 	}
 	c.Context().SetConnectionClose() // the rest isn't read

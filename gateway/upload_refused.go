@@ -50,6 +50,9 @@ const (
 	lingerMost = 5 * time.Second // a connection is read after its answer, so that its client sees it
 )
 
+// bodyReadKey is of a local that tells that a handler has read its body to the end.
+type bodyReadKey struct{}
+
 // settleBody gives handlers the length of a held body, and sees to what they leave of it.
 func (g *Gateway) settleBody(c *fiber.Ctx) error {
 	request := &c.Context().Request
@@ -66,8 +69,8 @@ func (g *Gateway) settleBody(c *fiber.Ctx) error {
 	}
 	b, ok := c.Locals(uploadBodyKey{}).(*uploadBody)
 	switch {
-	case !ok && err == nil: // such handlers read all of their body
-	case !ok && request.Header.ContentLength() < 0: // whether it was read can't be told
+	case !ok && c.Locals(bodyReadKey{}) != nil:
+	case !ok && request.Header.ContentLength() < 0: // nobody has read it: most handlers have no use for a body
 		g.linger(c)
 	case !ok:
 		c.Context().Conn().SetReadDeadline(time.Now().Add(lingerMost))
