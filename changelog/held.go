@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // probing is what reads of attachments say first. They cost what they return, by index, whatever the statistics say: these
@@ -129,7 +130,12 @@ func (l *Log) Attachments(ctx context.Context, r ListRequest) (*List, error) {
 		return err
 	})
 	b.Queue(`COMMIT`)
-	if err := l.pool.SendBatch(ctx, b).Close(); err != nil {
+	err := l.pool.SendBatch(ctx, b).Close()
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && strings.HasPrefix(pg.Code, "22") { // no value of the kind: nobody got this place from here
+		return nil, fmt.Errorf("%w: %w", ErrListOrder, err)
+	}
+	if err != nil {
 		return nil, readError(err)
 	}
 	if n := r.Limit; len(out.Attachments) > n {

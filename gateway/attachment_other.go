@@ -147,6 +147,11 @@ func (g *Gateway) listAttachments(c *fiber.Ctx) error {
 	default:
 		return &Problem{Code: InvalidRequest, Errors: []FieldError{{"count", "must be only, or absent"}}}
 	}
+	for name, text := range map[string]string{"prefix": r.IDPrefix, "content_type": r.ContentType} {
+		if detail := clientFault(text); detail != "" {
+			return &Problem{Code: InvalidRequest, Errors: []FieldError{{name, detail}}}
+		}
+	}
 	caller, err := g.callerOf(identityOf(c))
 	if err != nil {
 		return err

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bufio"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -200,7 +201,12 @@ func TestAttachmentList(t *testing.T) {
 	if a := e.get(t, "/attachments?count=only", ana); !strings.Contains(string(a.body), `"count":3`) {
 		t.Errorf("count: %s", a.body)
 	}
-	for params, code := range map[string]Code{"order=name": InvalidRequest, "limit=0": InvalidLimit, "limit=1001": InvalidLimit, "limit=x": InvalidLimit, "count=yes": InvalidRequest, "after=x": InvalidRequest, "sort=id": InvalidRequest} {
+	for params, code := range map[string]Code{"order=name": InvalidRequest, "limit=0": InvalidLimit, "limit=1001": InvalidLimit, "limit=x": InvalidLimit, "count=yes": InvalidRequest, "after=x": InvalidRequest, "sort=id": InvalidRequest,
+		"prefix=%00": InvalidRequest, "prefix=%ff": InvalidRequest, "content_type=%00": InvalidRequest, "count=only&prefix=%00": InvalidRequest} {
 		e.get(t, "/attachments?"+params, ana).problem(t, code)
+	}
+	for _, place := range []string{`{"o":"date","v":"yes","i":"a1"}`, `{"o":"date","v":"99999999-01-01","i":"a1"}`, `{"o":"size","v":"yes","i":"a1"}`, `{"o":"size","v":"9223372036854775808","i":"a1"}`,
+		`{"o":"id","v":"\u0000","i":"a1"}`, `{"o":"id","v":"a1","i":"\u0000"}`} { // forged
+		e.get(t, "/attachments?order="+strings.Split(place, `"`)[3]+"&after="+base64.RawURLEncoding.EncodeToString([]byte(place)), ana).problem(t, InvalidRequest)
 	}
 }
