@@ -25,7 +25,7 @@ type attachmentView struct {
 	write   changelog.Held  // in where it may write rows
 	scopes  [][16]byte      // where it may write rows
 	upload  bool            // it may write rows that name attachments at all
-	keeper  bool            // it may delete whatever there is
+	keeper  bool            // it may delete whatever it sees
 }
 
 // attachmentID reads the id in the path, which is as the client wrote it: ids need no escapes, so none is understood.
@@ -133,12 +133,12 @@ func (v *attachmentView) mayUpload() bool { return !v.write.Any || v.write.Withi
 // taken says whether the caller finds the id taken.
 func (v *attachmentView) taken() bool { return v.there() || !v.mayUpload() }
 
-// visible says whether the caller knows of it.
-func (v *attachmentView) visible() bool { return v.read.Within || v.mine() }
+// visible says whether the caller knows of the bytes: to name an id is no right to what somebody else uploads under it.
+func (v *attachmentView) visible() bool { return v.read.Within && v.read.Known || v.mine() }
 
 // mayDelete says whether the caller may delete the bytes.
 func (v *attachmentView) mayDelete() bool {
-	return v.keeper || v.mine() || v.write.Within && !v.write.Outside
+	return v.mine() || v.keeper && v.visible() || v.write.Within && v.write.Known && !v.write.Outside
 }
 
 // mayCompare says whether the caller may be told that it sent what is there already: it can read that, or sent it itself.

@@ -27,32 +27,41 @@ func TestAttachmentRights(t *testing.T) {
 		"own upload":     func(id string) { e.put(t, id, ana, "x").created(t) },
 		"own dead":       func(id string) { e.put(t, id, ana, "x").created(t); e.remove(t, id, ana) },
 		"other upload":   func(id string) { e.put(t, id, ben, "x").created(t) },
-		"other dead":     func(id string) { e.put(t, id, ben, "x").created(t); e.remove(t, id, ben) },
+		"withheld": func(id string) { // ben's bytes under an id that only a row of ana names by now
+			e.name(t, "ana", id)
+			e.name(t, "ben", id)
+			e.put(t, id, ben, "x").created(t)
+			e.exec(t, `DELETE FROM photos WHERE owner = 'ben' AND file = $1`, id)
+		},
+		"other dead": func(id string) { e.put(t, id, ben, "x").created(t); e.remove(t, id, ben) },
 	}
-	roles := []string{"none", "reader", "editor", "keeper"}
+	roles := []string{"none", "reader", "editor", "keeper reader"}
 	const missing, gone, unseen = "404 attachment_missing", "410 attachment_deleted", "404 not_found"
 	// By thing: the answer to GET, PUT of other bytes, and DELETE, of each role.
 	want := map[string]map[string][4]string{
 		"GET": {
-			"unknown": {unseen, unseen, unseen, unseen}, "own row": {unseen, "200", "200", unseen}, "own row empty": {unseen, missing, missing, unseen},
-			"own row dead": {unseen, gone, gone, unseen}, "other row": {unseen, unseen, unseen, unseen}, "other empty": {unseen, unseen, unseen, unseen},
-			"other row dead": {unseen, unseen, unseen, unseen}, "both": {unseen, "200", "200", unseen}, "own upload": {"200", "200", "200", "200"},
-			"own dead": {gone, gone, gone, gone}, "other upload": {unseen, unseen, unseen, unseen}, "other dead": {unseen, unseen, unseen, unseen}},
+			"unknown": {unseen, unseen, unseen, unseen}, "own row": {unseen, "200", "200", "200"}, "own row empty": {unseen, missing, missing, missing},
+			"own row dead": {unseen, gone, gone, gone}, "other row": {unseen, unseen, unseen, unseen}, "other empty": {unseen, unseen, unseen, unseen},
+			"other row dead": {unseen, unseen, unseen, unseen}, "both": {unseen, "200", "200", "200"}, "own upload": {"200", "200", "200", "200"},
+			"own dead": {gone, gone, gone, gone}, "other upload": {unseen, unseen, unseen, unseen}, "other dead": {unseen, unseen, unseen, unseen},
+			"withheld": {unseen, missing, missing, missing}},
 		"PUT": {
 			"unknown": {"403", "403", "201", "403"}, "own row": {"403", "403", "409", "403"}, "own row empty": {"403", "403", "201", "403"},
 			"own row dead": {"403", "403", "201", "403"}, "other row": {"403", "403", "409", "403"}, "other empty": {"403", "403", "409", "403"},
 			"other row dead": {"403", "403", "409", "403"}, "both": {"403", "403", "409", "403"}, "own upload": {"403", "403", "409", "403"},
-			"own dead": {"403", "403", "201", "403"}, "other upload": {"403", "403", "409", "403"}, "other dead": {"403", "403", "201", "403"}},
+			"own dead": {"403", "403", "201", "403"}, "other upload": {"403", "403", "409", "403"}, "other dead": {"403", "403", "201", "403"},
+			"withheld": {"403", "403", "409", "403"}},
 		"DELETE": {
 			"unknown": {"204", "204", "204", "204"}, "own row": {"204", "403", "204 away", "204 away"}, "own row empty": {"204", "204", "204", "204"},
-			"own row dead": {"204", "204", "204", "204"}, "other row": {"204", "204", "204", "204 away"}, "other empty": {"204", "204", "204", "204"},
+			"own row dead": {"204", "204", "204", "204"}, "other row": {"204", "204", "204", "204"}, "other empty": {"204", "204", "204", "204"},
 			"other row dead": {"204", "204", "204", "204"}, "both": {"204", "403", "403", "204 away"}, "own upload": {"204 away", "204 away", "204 away", "204 away"},
-			"own dead": {"204", "204", "204", "204"}, "other upload": {"204", "204", "204", "204 away"}, "other dead": {"204", "204", "204", "204"}},
+			"own dead": {"204", "204", "204", "204"}, "other upload": {"204", "204", "204", "204"}, "other dead": {"204", "204", "204", "204"},
+			"withheld": {"204", "204", "204", "204"}},
 	}
 	n := 0
 	for name, make := range things {
 		for r, role := range roles {
-			token := tokenFor(t, "ana", map[string]any{"roles": []string{role}})
+			token := tokenFor(t, "ana", map[string]any{"roles": role})
 			for _, verb := range []string{"GET", "HEAD", "URL", "PUT", "DELETE"} {
 				n++
 				id := fmt.Sprintf("thing-%d", n)
