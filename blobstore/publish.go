@@ -58,7 +58,7 @@ func (r *Records) Publish(ctx context.Context, p Publishing) (done Published, er
 		if done.Outcome = decide(old, p); done.Outcome == Same || done.Outcome == Conflict {
 			done.File = old
 			if done.Outcome == Same { // as young as if it were new: its row may come yet
-				if _, err := tx.Exec(ctx, `UPDATE walgate.files SET unreferenced_since = NULL WHERE attachment_id = $1`, u.AttachmentID); err != nil {
+				if err := renew(ctx, tx, u.AttachmentID); err != nil {
 					return err
 				}
 			}
@@ -76,6 +76,31 @@ func (r *Records) Publish(ctx context.Context, p Publishing) (done Published, er
 		return settleUpload(ctx, tx, u, old, done.File)
 	})
 	return done, err
+}
+
+// Renew makes a file as young as if it had been uploaded now: its bytes were sent again, and the row that names it may come yet. It
+// returns false where the id has that file no more.
+func (r *Records) Renew(ctx context.Context, f *File) (there bool, err error) {
+	err = r.inTransaction(ctx, "note that a file was sent again", func(tx pgx.Tx) error {
+		now, err := lockFile(ctx, tx, f.ID)
+		if errors.Is(err, ErrNotFound) {
+			there = false
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if there = now.State == There && now.EventID == f.EventID; !there {
+			return nil
+		}
+		return renew(ctx, tx, f.ID)
+	})
+	return there, err
+}
+
+func renew(ctx context.Context, tx pgx.Tx, attachmentID string) error {
+	_, err := tx.Exec(ctx, `UPDATE walgate.files SET unreferenced_since = NULL WHERE attachment_id = $1`, attachmentID)
+	return err
 }
 
 // lockFile takes the attachment id's lock, then looks.

@@ -83,14 +83,24 @@ func (g *Gateway) uploadLink(c *fiber.Ctx) error {
 		return NewProblem(DirectUnavailable, "attachments.direct is off")
 	}
 	v, err := g.lookAt(g.working, who, id)
+	for err == nil && v.upload && r.digest != nil && v.knownSame(r.digest) {
+		there, err := g.renew(g.working, v.file)
+		if err != nil {
+			return err
+		}
+		if there {
+			return answerUpload(c, fiber.StatusOK, v.file, 0)
+		}
+		if v, err = g.lookAt(g.working, who, id); err != nil { // it was deleted or replaced meanwhile
+			return err
+		}
+	}
 	if err != nil {
 		return err
 	}
 	switch {
 	case !v.upload:
 		return NewProblem(Forbidden, "no collection with attachments lets the caller write")
-	case r.digest != nil && v.knownSame(r.digest):
-		return answerUpload(c, fiber.StatusOK, v.file, 0)
 	case v.taken():
 		return v.exists()
 	}

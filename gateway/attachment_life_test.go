@@ -19,14 +19,15 @@ import (
 	"github.com/walgate/walgate/policies"
 )
 
-// beginPut begins an upload of ten bytes with the first five of them, and waits until the gateway has them.
+// beginPut begins an upload of ten bytes: the gateway has decided that it takes them, and been sent five.
 func (e *env) beginPut(t testing.TB, id, token string) (net.Conn, *bufio.Reader) {
 	t.Helper()
-	before := e.g.uploads.count("")
-	conn, r := e.dialRaw(t, "PUT", "/attachments/"+id, token, "Content-Length: 10\r\n")
+	conn, r := e.dialRaw(t, "PUT", "/attachments/"+id, token, "Expect: 100-continue\r\nContent-Length: 10\r\n")
+	if status, text, _ := nextAnswer(t, r); status != 100 {
+		t.Fatalf("the upload's begin: %d %s", status, text)
+	}
 	_, err := io.WriteString(conn, "hello")
 	ok(t, err)
-	eventually(t, "the upload began", func() bool { return e.g.uploads.count("") == before+1 })
 	return conn, r
 }
 
@@ -174,10 +175,7 @@ func TestAttachmentBytesDamaged(t *testing.T) {
 	if body, err := io.ReadAll(res.Body); res.StatusCode == 200 && err == nil {
 		t.Errorf("a cut file came as a whole one of %d bytes", len(body))
 	}
-	care := blobstore.NewCare(blobstore.CareOptions{Source: e.g.o.Source, Store: e.g.o.Blobs, Records: e.g.o.Files, References: logReferences{e, t}, Grace: time.Hour, UploadTTL: time.Hour, Guard: 100, Logger: slog.New(slog.DiscardHandler)})
-	_, err = care.Round(t.Context(), blobstore.RoundOptions{Reconcile: true})
-	ok(t, err)
-	e.sync(t)
+	e.care(t)
 	for _, id := range []string{"cut", "lost"} {
 		e.get(t, "/attachments/"+id, ana).problem(t, AttachmentMissing)
 		m := e.manifest(t, ana, id, since["lost"], 0)
@@ -193,6 +191,46 @@ func TestAttachmentBytesDamaged(t *testing.T) {
 		}
 		e.get(t, "/attachments/"+id, ana).bytesAre(t, 200, content)
 	}
+}
+
+// care goes a round.
+func (e *env) care(t testing.TB) {
+	t.Helper()
+	care := blobstore.NewCare(blobstore.CareOptions{Source: e.g.o.Source, Store: e.g.o.Blobs, Records: e.g.o.Files, References: logReferences{e, t}, Grace: time.Hour, UploadTTL: time.Hour, Guard: 100, Logger: slog.New(slog.DiscardHandler)})
+	_, err := care.Round(t.Context(), blobstore.RoundOptions{Reconcile: true})
+	ok(t, err)
+	e.sync(t)
+}
+
+// TestRepeatedUploadIsYoung: who sends a file again, long after the first time, has the whole grace period again for the row that
+// names it; and where the sweep is first, its bytes are taken anew.
+func TestRepeatedUploadIsYoung(t *testing.T) {
+	t.Parallel()
+	e := newBytesEnv(t, "", setup{})
+	ana := editor(t, "ana")
+	e.put(t, "a", ana, "hello").created(t)
+	e.care(t)
+	e.exec(t, `UPDATE walgate.files SET unreferenced_since = unreferenced_since - interval '2 hours'`)
+	e.put(t, "a", ana, "hello").uploaded(t, http.StatusOK)
+	e.care(t)
+	e.care(t)
+	e.name(t, "ana", "a")
+	e.get(t, "/attachments/a", ana).bytesAre(t, 200, "hello")
+
+	e.put(t, "b", ana, "hello").created(t)
+	sweep, err := e.db.Begin(t.Context())
+	ok(t, err)
+	defer sweep.Rollback(context.WithoutCancel(t.Context()))
+	_, err = sweep.Exec(t.Context(), `SELECT pg_advisory_xact_lock($1)`, blobstore.LockKey("b"))
+	ok(t, err)
+	again := make(chan *answer, 1)
+	go func() { again <- e.put(t, "b", ana, "hello") }()
+	e.blocked(t)
+	_, err = sweep.Exec(t.Context(), `UPDATE walgate.files SET state = 'd', deleted_at = now(), unreferenced_since = now() WHERE attachment_id = 'b'`)
+	ok(t, err)
+	ok(t, sweep.Commit(t.Context()))
+	(<-again).created(t)
+	e.get(t, "/attachments/b", ana).bytesAre(t, 200, "hello")
 }
 
 // logReferences is what care asks of the log.

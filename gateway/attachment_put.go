@@ -155,7 +155,7 @@ func (u *upload) run(ctx context.Context) (done blobstore.Published, err error) 
 		return done, err
 	}
 	if u.view.taken() && replace == nil {
-		return u.compare()
+		return u.compare(ctx)
 	}
 	file, content, err := u.file()
 	if err != nil {
@@ -191,8 +191,8 @@ func (u *upload) admitted() (replace []byte, err error) {
 	return nil, v.exists() // attachments.replace is off, or it isn't the caller's to replace
 }
 
-// compare answers an upload to an id that is taken: a repeat is no error.
-func (u *upload) compare() (done blobstore.Published, err error) {
+// compare answers an upload to an id that is taken: a repeat is no error, and its file as young as any other.
+func (u *upload) compare(ctx context.Context) (done blobstore.Published, err error) {
 	v := u.view
 	done = blobstore.Published{Outcome: blobstore.Same, File: v.file}
 	if !v.mayCompare() {
@@ -204,6 +204,13 @@ func (u *upload) compare() (done blobstore.Published, err error) {
 	}
 	if said != nil && !v.knownSame(said) || u.boundary == "" && u.length >= 0 && u.length != v.file.Size {
 		return done, v.exists()
+	}
+	there, err := u.g.renew(ctx, v.file)
+	if err != nil {
+		return done, err
+	}
+	if !there { // it was deleted or replaced since v was looked at
+		return u.run(ctx)
 	}
 	file, content, err := u.file()
 	if err != nil {

@@ -151,6 +151,14 @@ func (v *attachmentView) knownSame(digest []byte) bool {
 	return v.mayCompare() && bytes.Equal(v.file.SHA256, digest)
 }
 
+// renew keeps a file from being swept soon; false: it isn't there any more.
+func (g *Gateway) renew(ctx context.Context, f *blobstore.File) (there bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, recordsMost)
+	defer cancel()
+	there, err = g.o.Files.Renew(ctx, f)
+	return there, g.recordsProblem(err)
+}
+
 // exists is the refusal of an upload to an id that is taken. Only who may read what is there learns of it.
 func (v *attachmentView) exists() error {
 	if v.mayRead() {
