@@ -105,14 +105,19 @@ func initCommand(load loader) *cobra.Command {
 }
 
 func uninstallCommand(load loader) *cobra.Command {
-	return &cobra.Command{Use: "uninstall", Short: "Remove slot, publications and schema walgate, and restore replica identities", Args: cobra.NoArgs,
+	var forgetFiles bool
+	c := &cobra.Command{Use: "uninstall", Short: "Remove slot, publications and schema walgate, and restore replica identities", Args: cobra.NoArgs,
+		Long: "uninstall removes what init and serve made: the slot, the publications, schema walgate with the change log, and the replica\n" +
+			"identities. Stop every gateway first. The bytes of attachments stay in the blob store, but what is known of them goes.",
 		RunE: func(c *cobra.Command, _ []string) error {
 			cfg, err := load()
 			if err != nil {
 				return err
 			}
-			return uninstall(c.Context(), cfg, newLogger(cfg, c.ErrOrStderr()))
+			return uninstall(c.Context(), cfg, forgetFiles, newLogger(cfg, c.ErrOrStderr()))
 		}}
+	c.Flags().BoolVar(&forgetFiles, "forget-files", false, "also where files of attachments are kept, which nobody can serve afterwards")
+	return c
 }
 
 func tokenCommand(load loader) *cobra.Command {

@@ -105,6 +105,9 @@ func printReport(out io.Writer, r *blobstore.Report, dry bool, grace time.Durati
 		line(c.Orphans, "objects that no record has")
 		line(c.Deleted, "of these were deleted")
 		line(c.Missing, "files whose bytes the blob store doesn't have")
+		if len(c.HeldUp) > 0 {
+			did = func(done, would string) string { return would }
+		}
 		line(c.Lost, did("of these are told to clients as missing from now on", "of these would be told to clients as missing from now on"))
 		line(c.Returned, did("files were missing, and their bytes are back", "files are missing, and their bytes are back"))
 		line(c.Foreign, "objects that walgate didn't write: they stay")

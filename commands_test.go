@@ -2,10 +2,13 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -78,11 +81,89 @@ func TestInitAndUninstall(t *testing.T) {
 			t.Errorf("after init: %s", got)
 		}
 	}
-	if _, err := walgate(t, "uninstall", "--config", path); err != nil {
+	if sql, err := walgate(t, "init", "--print-sql", "--config", path); err != nil || strings.Contains(sql, "pg_create_logical_replication_slot") {
+		t.Errorf("print-sql on a prepared source: %v\n%s", err, sql)
+	}
+	if _, err := conn.Exec(t.Context(), `INSERT INTO walgate.files (attachment_id, event_id, state, storage_key, size, content_type, sha256, subject) VALUES ('photo', 1, 'u', 'walgate/00/00', 5000, 'image/png', '', 'ana')`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := walgate(t, "uninstall", "--config", path); err == nil || !strings.Contains(err.Error(), "1 files of attachments (5.0 kB) are kept") {
+		t.Errorf("uninstall where files are kept: %v", err)
+	}
+	if got := state(); got != "2 1 f t" {
+		t.Errorf("after it was refused: %s", got)
+	}
+	if _, err := walgate(t, "uninstall", "--forget-files", "--config", path); err != nil {
 		t.Fatal(err)
 	}
 	if got := state(); got != "0 0 d f" {
 		t.Errorf("after uninstall: %s", got)
+	}
+}
+
+// TestPrintedRights: what --print-sql prints is all that the role of database.url, which owns nothing, lacks.
+func TestPrintedRights(t *testing.T) {
+	t.Parallel()
+	path, conn := commandConfig(t, "command_rights")
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	role := "gateway_" + strings.ToLower(rand.Text()[:8])
+	if _, err := conn.Exec(t.Context(), "CREATE ROLE "+role+" LOGIN"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if _, err := conn.Exec(context.WithoutCancel(t.Context()), "DROP OWNED BY "+role+"; DROP ROLE "+role); err != nil {
+			t.Error(err)
+		}
+	})
+	s := strings.Replace(string(text), "postgres://postgres", "postgres://"+role, 1)
+	s = strings.Replace(s, "scope: {owner: claims.sub}", "scope: {owner: claims.sub}, write: {operations: [insert, delete]}", 1)
+	if err := os.WriteFile(path, []byte(s), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sql, err := walgate(t, "init", "--print-sql", "--config", path)
+	if err != nil || !strings.Contains(sql, "GRANT SELECT, INSERT, DELETE ON") || !strings.Contains(sql, "ALTER ROLE \""+role+"\" REPLICATION") {
+		t.Fatalf("%v\n%s", err, sql)
+	}
+	if _, err := conn.PgConn().Exec(t.Context(), sql).ReadAll(); err != nil {
+		t.Fatalf("%v\n%s", err, sql)
+	}
+	defer func() {
+		if _, err := conn.Exec(t.Context(), `SELECT pg_drop_replication_slot('command_rights')`); err != nil {
+			t.Error(err)
+		}
+	}()
+	if _, err := walgate(t, "init", "--config", path); err != nil {
+		t.Errorf("after what was printed: %v", err)
+	}
+	if sql, err := walgate(t, "init", "--print-sql", "--config", path); err != nil || strings.Contains(sql, "REPLICATION;") || strings.Contains(sql, "GRANT SELECT, INSERT, DELETE ON \"public") {
+		t.Errorf("what is there is printed again: %v\n%s", err, sql)
+	}
+}
+
+// TestNotConnected: a database that refuses is told with its key's place and what to do.
+func TestNotConnected(t *testing.T) {
+	t.Parallel()
+	path, _ := commandConfig(t, "command_connect")
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	url := regexp.MustCompile(`url: "[^"]*"`)
+	dsn := strings.Trim(strings.TrimPrefix(url.FindString(string(text)), "url: "), `"`)
+	for to, want := range map[string]string{
+		regexp.MustCompile(`/[a-z0-9_]+(\?|$)`).ReplaceAllString(dsn, "/nowhere$1"): `database "nowhere" does not exist`,
+		"postgres://postgres@127.0.0.1:1/x?sslmode=disable":                         "see that PostgreSQL runs there",
+	} {
+		if err := os.WriteFile(path, url.ReplaceAll(text, fmt.Appendf(nil, "url: %q", to)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := walgate(t, "init", "--config", path)
+		if err == nil || !strings.Contains(err.Error(), path+":1: database.url: found a server that") || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", to, err)
+		}
 	}
 }
 

@@ -295,7 +295,10 @@ func FaultsError(c *Config, faults []policies.Fault) error {
 		return nil
 	}
 	e := &ConfigError{}
-	for _, f := range faults {
+	for i, f := range faults {
+		if f.Hint != "" && slices.ContainsFunc(faults[:i], func(before policies.Fault) bool { return before.Path == f.Path && before.Hint == f.Hint }) {
+			continue // found in two ways
+		}
 		e.Faults = append(e.Faults, Fault{At: c.Position(f.Path), Key: f.Path, Got: f.Got, Want: f.Want, Hint: f.Hint})
 	}
 	return e

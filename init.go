@@ -6,6 +6,8 @@ import (
 	"io"
 	"log/slog"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/walgate/walgate/changelog"
 	"github.com/walgate/walgate/policies"
 	"github.com/walgate/walgate/replication"
@@ -58,7 +60,13 @@ func initialise(ctx context.Context, cfg *Config, p *parts, logger *slog.Logger)
 	if err := p.log.Migrate(ctx); err != nil {
 		return err
 	}
-	return p.watcher.Reload(ctx)
+	if err := p.watcher.Reload(ctx); err != nil {
+		return err
+	}
+	if len(done) == 0 && !slot.Created {
+		logger.Info("the source was prepared before: nothing is left to do there")
+	}
+	return nil
 }
 
 // printSQL writes what initialise would do, for somebody else to run.
@@ -84,20 +92,44 @@ func printSQL(ctx context.Context, cfg *Config, p *parts, out io.Writer) error {
 	for _, s := range steps {
 		fmt.Fprintln(out, s)
 	}
-	rights, err := printRights(ctx, conn.Conn(), p)
+	rights, err := printRights(ctx, conn.Conn(), cfg, p)
 	if err != nil {
 		return err
 	}
 	fmt.Fprint(out, rights)
-	fmt.Fprintf(out, "-- last: the slot; it waits for every transaction that is open\n%s\n", replication.SlotSQL(cfg.Replication.Slot, d.Catalog.ServerVersion))
+	var made bool
+	if err := conn.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1)`, cfg.Replication.Slot).Scan(&made); err != nil {
+		return fmt.Errorf("look for the slot: %w", err)
+	}
+	if !made {
+		fmt.Fprintf(out, "-- last: the slot; it waits for every transaction that is open\n%s\n", replication.SlotSQL(cfg.Replication.Slot, d.Catalog.ServerVersion))
+	}
 	if cfg.Storage.URL == "" {
 		fmt.Fprintf(out, "\n-- the change log lives in this database: the role of database.url makes its tables in schema walgate itself\n")
 	}
 	return nil
 }
 
-// uninstall removes everything that init and serve made.
-func uninstall(ctx context.Context, cfg *Config, logger *slog.Logger) error {
+// refuseToForget keeps the records of files from going with schema walgate: without them nobody can tell which bytes are whose.
+func refuseToForget(ctx context.Context, conn *pgx.Conn) error {
+	var installed bool
+	err := conn.QueryRow(ctx, `SELECT to_regclass('walgate.files') IS NOT NULL`).Scan(&installed)
+	if err != nil || !installed {
+		return err
+	}
+	var files, size int64
+	if err := conn.QueryRow(ctx, `SELECT count(*), coalesce(sum(size), 0)::int8 FROM walgate.files WHERE NOT bytes_gone`).Scan(&files, &size); err != nil {
+		return fmt.Errorf("count walgate.files: %w", err)
+	}
+	if files == 0 {
+		return nil
+	}
+	return fmt.Errorf("%d files of attachments (%s) are kept, and uninstalling forgets which is which: their bytes would stay where blobs.url says, but no later installation could serve them. Copy what you need, "+
+		"then run walgate uninstall --forget-files; nothing was removed", files, bytesText(size))
+}
+
+// uninstall removes everything that init and serve made. With forgetFiles it does so also where files are kept.
+func uninstall(ctx context.Context, cfg *Config, forgetFiles bool, logger *slog.Logger) error {
 	source, err := schema.OpenPool(ctx, string(cfg.Database.URL), 2)
 	if err != nil {
 		return err
@@ -108,6 +140,11 @@ func uninstall(ctx context.Context, cfg *Config, logger *slog.Logger) error {
 		return fmt.Errorf("connect to the source: %w", err)
 	}
 	defer conn.Release()
+	if !forgetFiles {
+		if err := refuseToForget(ctx, conn.Conn()); err != nil {
+			return err
+		}
+	}
 	if err := replication.DropSlot(ctx, conn.Conn(), cfg.Replication.Slot); err != nil {
 		return err
 	}

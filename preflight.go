@@ -107,6 +107,8 @@ func checkReplication(ctx context.Context, cfg *Config, why purpose, started, da
 		return []policies.Fault{f}
 	case errors.As(err, &pg) && pg.Code == "53300" && why != toPrepare: // it is tried again and again
 		return nil
+	case errors.As(err, &pg) && pg.Code == "42501" && why == toPrint: // printed
+		return nil
 	case errors.As(err, &pg) && pg.Code == "53300":
 		f.Got, f.Hint = pg.Message, "raise max_wal_senders (or max_connections) and restart the server, or end a replication connection: SELECT pid, application_name, client_addr FROM pg_stat_replication"
 		return []policies.Fault{f}
@@ -138,6 +140,33 @@ func throughPooler(err error) bool {
 	return errors.As(err, &pg) && (pg.Code == "08P01" || pg.Code == "42P05" || pg.Code == "26000" || strings.Contains(pg.Message, "startup parameter"))
 }
 
+// notConnected makes a fault of an error of connecting to a database that a key names.
+func notConnected(path string, err error) []policies.Fault {
+	if path == "database.url" && throughPooler(err) {
+		return pooled(err)
+	}
+	var connecting *pgconn.ConnectError
+	if !errors.As(err, &connecting) || errors.Is(err, context.Canceled) {
+		return nil
+	}
+	f := policies.Fault{Path: path, Got: "a server that can't be connected to: " + err.Error(), Want: "a database that answers", Hint: "see that PostgreSQL runs there, and that host and port are right"}
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) {
+		f.Got, f.Hint = "a server that refuses: "+pg.Message, ""
+		switch pg.Code {
+		case "28P01":
+			f.Hint = "put the role's password into the URL, with %40 for @ and the like"
+		case "28000":
+			f.Hint = "pg_hba.conf on the server must let the role connect from here"
+		case "3D000":
+			f.Hint = "put the name of the application's database behind the last slash"
+		case "53300":
+			f.Hint = "raise max_connections, or lower database.pool_size"
+		}
+	}
+	return []policies.Fault{f}
+}
+
 // pooled makes a fault of an error of the source's pool, if a pooler is its cause.
 func pooled(err error) []policies.Fault {
 	if !throughPooler(err) {
@@ -150,6 +179,9 @@ func grantReplication(role string) string {
 	return fmt.Sprintf("ALTER ROLE %s REPLICATION; (on Amazon RDS: GRANT rds_replication TO %[1]s;)", pgx.Identifier{role}.Sanitize())
 }
 
+// mayReplicate is a column of pg_roles.
+const mayReplicate = `rolsuper OR rolreplication OR EXISTS (SELECT FROM pg_roles r WHERE r.rolname = 'rds_replication' AND pg_has_role(current_user, r.oid, 'MEMBER'))`
+
 // checkRights finds the rights that the role of database.url lacks, with the statement that gives each.
 func checkRights(ctx context.Context, conn *pgx.Conn, cfg *Config, p *parts, why purpose) ([]policies.Fault, error) {
 	var faults []policies.Fault
@@ -159,7 +191,7 @@ func checkRights(ctx context.Context, conn *pgx.Conn, cfg *Config, p *parts, why
 	var role, database string
 	var replicates, creates, prepared bool
 	var slots, mostSlots int
-	err := conn.QueryRow(ctx, `SELECT current_user, current_database(), rolsuper OR rolreplication OR EXISTS (SELECT FROM pg_roles r WHERE r.rolname = 'rds_replication' AND pg_has_role(current_user, r.oid, 'MEMBER')),
+	err := conn.QueryRow(ctx, `SELECT current_user, current_database(), `+mayReplicate+`,
 		has_database_privilege(current_database(), 'CREATE'), to_regnamespace('walgate') IS NOT NULL AND (SELECT count(*) = 2 FROM pg_publication WHERE pubname IN ($1, $2)),
 		(SELECT count(*) FROM pg_replication_slots WHERE slot_name <> $3), current_setting('max_replication_slots')::int
 		FROM pg_roles WHERE rolname = current_user`, p.publications.Rows, p.publications.Events, cfg.Replication.Slot).Scan(&role, &database, &replicates, &creates, &prepared, &slots, &mostSlots)
@@ -282,24 +314,52 @@ func unjoinedTables(p *parts) (oids []uint32) {
 	return oids
 }
 
-// printRights writes what the role of database.url needs besides, if it isn't a superuser.
-func printRights(ctx context.Context, conn *pgx.Conn, p *parts) (string, error) {
+// printRights writes what the role of database.url, and the one that writes pushes, need besides and lack.
+func printRights(ctx context.Context, conn *pgx.Conn, cfg *Config, p *parts) (string, error) {
 	var role string
-	var super bool
-	if err := conn.QueryRow(ctx, `SELECT rolname::text, rolsuper FROM pg_roles WHERE rolname = current_user`).Scan(&role, &super); err != nil || super {
+	var super, replicates bool
+	if err := conn.QueryRow(ctx, `SELECT rolname::text, rolsuper, `+mayReplicate+` FROM pg_roles WHERE rolname = current_user`).Scan(&role, &super, &replicates); err != nil {
 		return "", err
 	}
+	set := p.watcher.Current().Set
+	var lines []string
+	if !super {
+		lines = roleRights(set, role, replicates)
+	}
+	w, _, err := findWriter(ctx, conn, cfg.Push.Role)
+	if err != nil {
+		return "", err
+	}
+	for _, c := range set.Collections {
+		if w == nil || w.own && super {
+			break
+		}
+		_, _, grants, err := w.rights(ctx, conn, c)
+		if err != nil {
+			return "", err
+		}
+		lines = append(lines, grants...)
+	}
+	if len(lines) == 0 {
+		return "", nil
+	}
+	return "-- what walgate's roles may do\nBEGIN;\n" + strings.Join(lines, "\n") + "\nCOMMIT;\n\n", nil
+}
+
+// roleRights are the statements that let the role of database.url do what it has to.
+func roleRights(set *policies.Set, role string, replicates bool) (lines []string) {
 	name := pgx.Identifier{role}.Sanitize()
-	var b strings.Builder
-	fmt.Fprintf(&b, "-- what the role of database.url may do; on Amazon RDS, GRANT rds_replication TO %s instead of the first line\n", name)
-	fmt.Fprintf(&b, "BEGIN;\nALTER ROLE %s REPLICATION;\nGRANT USAGE, CREATE ON SCHEMA walgate TO %[1]s;\nGRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA walgate TO %[1]s;\n", name)
+	if !replicates {
+		lines = append(lines, "ALTER ROLE "+name+" REPLICATION; -- on Amazon RDS instead: GRANT rds_replication TO "+name+";")
+	}
+	lines = append(lines, "GRANT USAGE, CREATE ON SCHEMA walgate TO "+name+";", "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA walgate TO "+name+";")
 	hidden := false
-	for _, c := range p.watcher.Current().Set.Collections {
-		fmt.Fprintln(&b, schema.GrantRead(c.Table, role))
+	for _, c := range set.Collections {
+		lines = append(lines, schema.GrantRead(c.Table, role))
 		hidden = hidden || c.Table.RowsHidden
 	}
 	if hidden {
-		fmt.Fprintf(&b, "ALTER ROLE %s BYPASSRLS; -- row-level security would hide rows from full resyncs that the feed doesn't hide\n", name)
+		lines = append(lines, "ALTER ROLE "+name+" BYPASSRLS; -- row-level security would hide rows from full resyncs that the feed doesn't hide")
 	}
-	return b.String() + "COMMIT;\n\n", nil
+	return lines
 }

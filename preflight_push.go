@@ -106,21 +106,11 @@ func (w *pushRole) checkTable(ctx context.Context, conn *pgx.Conn, c *policies.C
 	if c.Spec.Write == nil && w.own {
 		return nil, nil
 	}
-	need, columns := needs(c)
-	table := pgx.Identifier{c.Table.Schema, c.Table.Name}.Sanitize()
-	var secured, owns, usage bool
-	var lacks []string
-	// An owner, and who has its rights, is above row-level security without FORCE. A right may be granted by column.
-	err = conn.QueryRow(ctx, `SELECT relrowsecurity, pg_has_role($1::name, relowner, 'USAGE') AND NOT relforcerowsecurity, has_schema_privilege($1::name, relnamespace, 'USAGE'),
-		ARRAY(SELECT p FROM unnest($3::text[]) AS p WHERE NOT has_table_privilege($1::name, c.oid, p) AND NOT coalesce(p <> 'DELETE' AND
-			(SELECT bool_and(has_column_privilege($1::name, c.oid, a, p)) FROM unnest(CASE p WHEN 'SELECT' THEN $4::text[] WHEN 'INSERT' THEN $5 ELSE $6 END) AS a), false))
-		FROM pg_class c WHERE oid = $2`, w.name, c.Table.OID, need, columns["SELECT"], columns["INSERT"], columns["UPDATE"]).Scan(&secured, &owns, &usage, &lacks)
-	if errors.Is(err, pgx.ErrNoRows) { // dropped meanwhile, which the watch of the catalog finds
-		return nil, nil
-	}
+	secured, owns, grants, err := w.rights(ctx, conn, c)
 	if err != nil {
 		return nil, err
 	}
+	table := pgx.Identifier{c.Table.Schema, c.Table.Name}.Sanitize()
 	fault := func(path, got, want, hint string) {
 		faults = append(faults, policies.Fault{Path: path, Got: got, Want: want, Hint: hint})
 	}
@@ -137,20 +127,36 @@ func (w *pushRole) checkTable(ctx context.Context, conn *pgx.Conn, c *policies.C
 	case owns && bypasses == "": // else it is reported already
 		fault("push.role", "role "+w.name+", which owns "+c.Table.String()+" and is above its row-level security", holds, force+" or name another role")
 	}
-	if c.Spec.Write == nil {
-		return faults, nil
-	}
-	if !usage || len(lacks) > 0 {
-		var grants []string
-		if !usage {
-			grants = append(grants, "GRANT USAGE ON SCHEMA "+pgx.Identifier{c.Table.Schema}.Sanitize()+" TO "+w.quoted+";")
-		}
-		if len(lacks) > 0 {
-			grants = append(grants, fmt.Sprintf("GRANT %s ON %s TO %s;", strings.Join(lacks, ", "), table, w.quoted))
-		}
+	if len(grants) > 0 {
 		fault("collections."+c.Name+".write", c.Table.String()+", where role "+w.name+" lacks rights to write", "a table that it may write as the collection says", strings.Join(grants, " "))
 	}
 	return faults, nil
+}
+
+// rights says whether the table has row-level security and the role stands above it as its owner, and which statements give the
+// role what the collection's operations take; none: it has it.
+func (w *pushRole) rights(ctx context.Context, conn *pgx.Conn, c *policies.Collection) (secured, owns bool, grants []string, err error) {
+	need, columns := needs(c)
+	var usage bool
+	var lacks []string
+	// An owner, and who has its rights, is above row-level security without FORCE. A right may be granted by column.
+	err = conn.QueryRow(ctx, `SELECT relrowsecurity, pg_has_role($1::name, relowner, 'USAGE') AND NOT relforcerowsecurity, has_schema_privilege($1::name, relnamespace, 'USAGE'),
+		ARRAY(SELECT p FROM unnest($3::text[]) AS p WHERE NOT has_table_privilege($1::name, c.oid, p) AND NOT coalesce(p <> 'DELETE' AND
+			(SELECT bool_and(has_column_privilege($1::name, c.oid, a, p)) FROM unnest(CASE p WHEN 'SELECT' THEN $4::text[] WHEN 'INSERT' THEN $5 ELSE $6 END) AS a), false))
+		FROM pg_class c WHERE oid = $2`, w.name, c.Table.OID, need, columns["SELECT"], columns["INSERT"], columns["UPDATE"]).Scan(&secured, &owns, &usage, &lacks)
+	if errors.Is(err, pgx.ErrNoRows) { // dropped meanwhile, which the watch of the catalog finds
+		return false, false, nil, nil
+	}
+	if err != nil || c.Spec.Write == nil {
+		return secured, owns, nil, err
+	}
+	if !usage {
+		grants = append(grants, "GRANT USAGE ON SCHEMA "+pgx.Identifier{c.Table.Schema}.Sanitize()+" TO "+w.quoted+";")
+	}
+	if len(lacks) > 0 {
+		grants = append(grants, fmt.Sprintf("GRANT %s ON %s TO %s;", strings.Join(lacks, ", "), pgx.Identifier{c.Table.Schema, c.Table.Name}.Sanitize(), w.quoted))
+	}
+	return secured, owns, grants, nil
 }
 
 // needs lists the privileges that the collection's operations take, and for those that may be granted by column, the columns.

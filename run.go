@@ -140,15 +140,15 @@ func openParts(ctx context.Context, cfg *Config, why purpose, logger *slog.Logge
 	p := &parts{publications: schema.PublicationsFor(cfg.Replication.Publication)}
 	var err error
 	if p.source, err = schema.OpenPool(ctx, string(cfg.Database.URL), cfg.Database.PoolSize); err != nil {
-		return p, pooled(err), err
+		return p, notConnected("database.url", err), err
 	}
 	conn, err := p.source.Acquire(ctx)
 	if err != nil {
-		return p, pooled(err), fmt.Errorf("connect to the source: %w", err)
+		return p, notConnected("database.url", err), fmt.Errorf("connect to the source: %w", err)
 	}
 	defer conn.Release()
 	if p.log, err = changelog.Open(ctx, cfg.storageURL(), cfg.Storage.PoolSize); err != nil {
-		return p, nil, err
+		return p, notConnected("storage.url", err), err
 	}
 	p.watcher = replication.NewWatcher(p.source, p.publications, cfg.Collections, cfg.AutoInit, cfg.Catalog.PollInterval, logger)
 	faults, err := p.watcher.Start(ctx)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net"
 	"net/url"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -42,10 +43,27 @@ func (p *parts) openBlobs(ctx context.Context, cfg *Config, logger *slog.Logger)
 	} else if err != nil {
 		return FaultsError(cfg, []policies.Fault{blobsFault(cfg.Blobs.URL, err)})
 	}
+	if others := reachedFromElsewhere(cfg); others != "" {
+		logger.Warn("http.public_url leads every device to itself, so that the download URLs of attachments work on this machine only; set it to the address at which clients reach this server", "public_url", cfg.HTTP.PublicURL, "listen", others)
+	}
 	if store.Scheme() == "mem" {
 		logger.Warn("blobs.url is mem://: the bytes of attachments are lost when this process ends, and no other instance has them")
 	}
 	return nil
+}
+
+// reachedFromElsewhere returns http.listen where other machines reach it, although http.public_url names this machine; else "".
+func reachedFromElsewhere(cfg *Config) string {
+	public, err := url.Parse(cfg.HTTP.PublicURL)
+	host, _, splitErr := net.SplitHostPort(cfg.HTTP.Listen)
+	if err != nil || splitErr != nil || !loopback(public.Hostname()) || loopback(host) {
+		return ""
+	}
+	return cfg.HTTP.Listen
+}
+
+func loopback(host string) bool {
+	return host == "localhost" || net.ParseIP(host).IsLoopback()
 }
 
 // blobsFault says what to do about a blob store that can't be used.

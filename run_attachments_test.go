@@ -124,7 +124,7 @@ func TestBlobStoreOfAnother(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), second.Position("blobs.url")+": blobs.url: found the blob store is not the one") || !strings.Contains(err.Error(), "walgate-owner") {
 		t.Errorf("another's blob store: %v", err)
 	}
-	if err := uninstall(t.Context(), first, newLogger(first, t.Output())); err != nil {
+	if err := uninstall(t.Context(), first, false, newLogger(first, t.Output())); err != nil {
 		t.Fatal(err)
 	}
 	serveOnce(t, second)

@@ -106,7 +106,7 @@ func (r *round) suspicious(f *Reconciled) (held []HeldUp) {
 	if r.o.Force {
 		return nil
 	}
-	files, lost, stay := r.Sweep.Files.Files, f.Lost.Files, "; no client was told and nothing was deleted"
+	files, lost, stay := r.Sweep.Files.Files, f.Lost.Files, "; of what was found there, no client was told and nothing was deleted"
 	switch {
 	case f.Objects.Files == 0 && lost > 0:
 		held = append(held, HeldUp{Guard: true, What: "the blob store is empty" + stay, Why: fmt.Sprintf("it should hold the bytes of %d files", lost),

@@ -68,7 +68,7 @@ func newFiller(t *tenure, logged func() changelog.LSN) *filler {
 func (f *filler) began(collection int32, newest fill) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	name := "files"
+	name := bytesFillName
 	if collection != bytesFill {
 		name = f.tenure.nameOf(collection)
 	}
@@ -338,7 +338,7 @@ func (t *tenure) prepareFills(fills []changelog.Fill, head *changelog.Head) {
 func (f *filler) resume(was *changelog.Fill, after changelog.Version, gone bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	t := &fillTask{collection: was.Collection, fill: was.Fill, name: "files", version: was.Version, after: max(was.Version, after), rows: was.Rows, estimate: was.Estimate,
+	t := &fillTask{collection: was.Collection, fill: was.Fill, name: bytesFillName, version: was.Version, after: max(was.Version, after), rows: was.Rows, estimate: was.Estimate,
 		done: was.Done || gone, swept: was.Swept && !gone, gone: gone}
 	if was.Collection != bytesFill {
 		t.name = cmp.Or(f.tenure.nameOf(was.Collection), fmt.Sprintf("%d, which is configured no longer", was.Collection))

@@ -11,6 +11,9 @@ import (
 // bytesFill is the "collection" of the fill of the bytes themselves, which are read from walgate.files.
 const bytesFill int32 = 0
 
+// bytesFillName is what it is called; no collection is.
+const bytesFillName = "walgate.files"
+
 // hiddenMost bounds how many documents are remembered that changed out of sight.
 const hiddenMost = 50_000
 
