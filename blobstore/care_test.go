@@ -404,6 +404,12 @@ func TestUploadsAndPushesComeFirst(t *testing.T) {
 	}
 	c.expect("busy", "u noted", "u")
 	c.expect("again", "u noted", "u")
+	if _, err := tx.Exec(t.Context(), `ROLLBACK; BEGIN; SELECT pg_advisory_xact_lock(`+fmt.Sprint(LockAll)+`)`); err != nil { // a push of many ids
+		t.Fatal(err)
+	}
+	if r := c.round(RoundOptions{}); r.Sweep.Busy != 1 || r.Sweep.Deleted.Files != 0 {
+		t.Errorf("%+v", r.Sweep)
+	}
 	if err := tx.Rollback(t.Context()); err != nil {
 		t.Fatal(err)
 	}

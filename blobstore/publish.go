@@ -105,7 +105,10 @@ func renew(ctx context.Context, tx pgx.Tx, attachmentID string) error {
 
 // lockFile takes the attachment id's lock, then looks.
 func lockFile(ctx context.Context, tx pgx.Tx, attachmentID string) (*File, error) {
-	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1)`, LockKey(attachmentID)); err != nil {
+	b := &pgx.Batch{}
+	b.Queue(`SELECT pg_advisory_xact_lock_shared($1)`, int64(LockAll))
+	b.Queue(`SELECT pg_advisory_xact_lock($1)`, LockKey(attachmentID))
+	if err := tx.SendBatch(ctx, b).Close(); err != nil {
 		return nil, err
 	}
 	return findFile(ctx, tx, attachmentID, " FOR UPDATE")

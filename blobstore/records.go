@@ -72,6 +72,10 @@ func LockKey(attachmentID string) int64 {
 	return int64(binary.BigEndian.Uint64(sum[:]))
 }
 
+// LockAll is the key of the advisory lock that a push takes that names too many ids to lock each. Who changes a file holds it
+// shared, and takes it first.
+const LockAll = 0x77616c6766696c65 // "walgfile" in ASCII
+
 // Querier reads from the source.
 type Querier interface {
 	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)

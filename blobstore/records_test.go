@@ -366,16 +366,24 @@ func TestWhatAnUploadBecomes(t *testing.T) {
 func TestPublishingWaitsForPushes(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t, RecordsOptions{})
+	f.publish(f.upload("ana", "another", "one"), Created)
+	f.waitsFor(`SELECT pg_advisory_xact_lock_shared($1)`, LockKey("photo"))
+	f.waitsFor(`SELECT pg_advisory_xact_lock($1)`, LockAll) // of many ids
+}
+
+// waitsFor publishes the photo beside a push that has taken a lock.
+func (f *fixture) waitsFor(lock string, key int64) {
+	t := f.t
+	t.Helper()
 	p := f.upload("ana", "photo", "one")
 	push, err := f.pool.Begin(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer push.Rollback(context.Background())
-	if _, err := push.Exec(t.Context(), `SELECT pg_advisory_xact_lock_shared($1)`, LockKey("photo")); err != nil {
+	if _, err := push.Exec(t.Context(), lock, key); err != nil {
 		t.Fatal(err)
 	}
-	f.publish(f.upload("ana", "another", "one"), Created)
 	published := make(chan error, 1)
 	go func() {
 		_, err := f.Publish(t.Context(), p)

@@ -69,7 +69,8 @@ func (r *round) acting(ctx context.Context, list []record, work func(context.Con
 		for i, f := range list {
 			keys[i] = LockKey(f.ID)
 		}
-		rows, _ := r.conn.Query(ctx, `SELECT id FROM unnest($1::text[], $2::int8[]) AS t(id, key) WHERE pg_try_advisory_xact_lock(key)`, ids(list), keys)
+		rows, _ := r.conn.Query(ctx, `WITH none AS MATERIALIZED (SELECT pg_try_advisory_xact_lock_shared($3) AS free)
+			SELECT id FROM unnest($1::text[], $2::int8[]) AS t(id, key) WHERE CASE WHEN (SELECT free FROM none) THEN pg_try_advisory_xact_lock(key) ELSE false END`, ids(list), keys, int64(LockAll))
 		locked, err := pgx.CollectRows(rows, pgx.RowTo[string])
 		if err != nil {
 			return fmt.Errorf("lock files: %w", err)

@@ -49,19 +49,28 @@ func (x *pushTx) examineAttachments(ctx context.Context, works []pushWork, write
 	return err
 }
 
-// lockAttachments locks the ids, and returns those that somebody else uploaded.
+// pushLocksMost is how many ids a push locks one by one. Locks lie in memory that the whole server shares.
+const pushLocksMost = 100
+
+// lockAttachments locks the ids, and returns those that somebody else uploaded and that are there, or return when a row names
+// them: swept, and their bytes not deleted yet.
 func (x *pushTx) lockAttachments(ctx context.Context, added map[string][]*pending) (foreign []string, err error) {
 	ids, locks := make([]string, 0, len(added)), make([]int64, 0, len(added))
 	for id := range added {
 		ids, locks = append(ids, id), append(locks, blobstore.LockKey(id))
 	}
 	slices.Sort(locks) // one order for all, against deadlocks
+	lock := `SELECT count(pg_advisory_xact_lock_shared(lock)) FROM unnest($1::bigint[]) AS lock`
+	if len(locks) > pushLocksMost { // the server has no room for one of each
+		locks, lock = []int64{blobstore.LockAll}, `SELECT pg_advisory_xact_lock(($1::bigint[])[1])`
+	}
 	b := x.ahead
 	if x.ahead = nil; b == nil {
 		b = &pgx.Batch{}
 	}
-	b.Queue(`SELECT count(pg_advisory_xact_lock_shared(lock)) FROM unnest($1::bigint[]) AS lock`, locks)
-	b.Queue(`SELECT attachment_id FROM walgate.files WHERE attachment_id = ANY ($1) AND state IN ('u', 'm') AND subject <> $2 ORDER BY 1`, ids, x.caller.Subject).
+	b.Queue(lock, locks)
+	b.Queue(`SELECT attachment_id FROM walgate.files WHERE attachment_id = ANY ($1) AND (state IN ('u', 'm') OR state = 'd' AND unreferenced_since IS NOT NULL AND NOT bytes_gone)
+		AND subject <> $2 ORDER BY 1`, ids, x.caller.Subject).
 		Query(func(rows pgx.Rows) (err error) { // a snapshot after the locks
 			foreign, err = pgx.CollectRows(rows, pgx.RowTo[string])
 			return err

@@ -79,10 +79,15 @@ func TestPushNamesAttachments(t *testing.T) {
 	ok(t, e.filed("hidden", "bob", "u"))
 	ok(t, e.filed("lost", "bob", "m"))
 	ok(t, e.filed("deleted", "bob", "d"))
+	ok(t, e.filed("swept", "bob", "d")) // it would return, and the row that names it read it
+	ok(t, e.filed("gone", "bob", "d"))
+	e.exec(t, `UPDATE walgate.files SET unreferenced_since = now(), bytes_gone = attachment_id = 'gone' WHERE attachment_id IN ('swept', 'gone')`)
 	for _, x := range []struct{ what, change, want string }{
 		{"nobody's", sheet("update", 3, `"photo":"future"`), "accepted 3"},
 		{"own", sheet("update", 3, `"photo":"own","pages":["own","future"]`), "accepted 3"},
 		{"deleted", sheet("update", 3, `"photo":"deleted"`), "accepted 3"},
+		{"another's, swept", sheet("update", 3, `"photo":"swept"`), "rejected 3 attachment_missing"},
+		{"swept, its bytes gone", sheet("update", 3, `"photo":"gone"`), "accepted 3"},
 		{"no id", sheet("update", 3, `"photo":"../hidden"`), "accepted 3"},
 		{"another's", sheet("update", 3, `"photo":"hidden"`), "rejected 3 attachment_missing"},
 		{"another's, lost", sheet("update", 3, `"photo":"lost"`), "rejected 3 attachment_missing"},
@@ -194,6 +199,17 @@ func TestPushWaitsForPublishing(t *testing.T) {
 	if len(page.Operations) > 0 {
 		t.Errorf("it is announced there: %+v", page.Operations)
 	}
+}
+
+// TestPushOfManyAttachments: a push may name more ids than the server has room for locks.
+func TestPushOfManyAttachments(t *testing.T) {
+	t.Parallel()
+	e := newAttachmentEnv(t, setup{})
+	var ids []string
+	for i := range 50_000 {
+		ids = append(ids, fmt.Sprintf(`"n%d"`, i))
+	}
+	e.submit(t, tokenFor(t, "eve", nil), "", sheet("insert", 1, `"owner":"eve","pages":[`+strings.Join(ids, ",")+`]`)).want(t, "accepted 1")
 }
 
 func (e *env) caller(t testing.TB, subject string, claims map[string]any) *policies.Caller {
