@@ -9,8 +9,13 @@ check:
 	go vet ./...
 	go tool staticcheck ./...
 
-test: check
+test: check .ci/node_modules
 	go test -race -timeout 15m ./...
+
+# A client of tus, and PostgreSQL of the newest major.
+.ci/node_modules: .ci/package-lock.json
+	cd .ci && npm ci --silent --no-audit --no-fund --ignore-scripts
+	touch $@
 
 # Each fuzz target for a moment; FUZZTIME=5m for a night.
 FUZZTIME ?= 10s
