@@ -93,6 +93,30 @@ func TestManifestCollapses(t *testing.T) {
 	told(*third.Version, "")
 }
 
+// TestManifestOfPrivateUpload: what is uploaded for one device is told to that device, until a row names it: then to all who see
+// the row.
+func TestManifestOfPrivateUpload(t *testing.T) {
+	t.Parallel()
+	e := newBytesEnv(t, "", setup{})
+	ana := editor(t, "ana")
+	e.put(t, "a?client_id=phone", ana, "x").created(t)
+	e.put(t, "b", ana, "y").created(t)
+	told := func(token, client, want string) {
+		t.Helper()
+		if m := e.manifest(t, token, client, 0, 0); m.brief() != want {
+			t.Errorf("%s: %s, want %s", client, m.brief(), want)
+		}
+	}
+	told(ana, "phone", "download a, download b")
+	told(ana, "tablet", "download b")
+	told(editor(t, "ben"), "phone", "")
+	e.name(t, "ana", "a")
+	told(ana, "tablet", "download b, download a")
+	e.remove(t, "a", ana)
+	told(ana, "phone", "download b")
+	told(ana, "tablet", "download b")
+}
+
 // TestManifestAndRowsAreOneLine: rows, uploads and deletions have versions of one line: a reference's operation has its row's, and
 // what comes later stands higher, whichever kind it is.
 func TestManifestAndRowsAreOneLine(t *testing.T) {
