@@ -8,15 +8,18 @@ import (
 	"hash"
 	"io"
 	"strings"
+
+	"github.com/gofiber/fiber/v2"
 )
 
 // digests are what a client says that its bytes come to (RFC 9530). The zero value says nothing.
 type digests struct{ sha256, sha512 []byte }
 
-// parseDigests reads Content-Digest or Repr-Digest: a dictionary of byte sequences. Algorithms other than the two are passed
-// over.
-func parseDigests(field, text string) (d digests, err error) {
-	for member := range strings.SplitSeq(text, ",") {
+// parseDigests reads Content-Digest or Repr-Digest: a dictionary of byte sequences, on however many lines. Algorithms other
+// than the two are passed over.
+func parseDigests(c *fiber.Ctx, field string) (d digests, err error) {
+	text := bytes.Join(c.Request().Header.PeekAll(field), []byte(","))
+	for member := range strings.SplitSeq(string(text), ",") {
 		name, value, _ := strings.Cut(strings.TrimSpace(member), "=")
 		var into *[]byte
 		size := 0

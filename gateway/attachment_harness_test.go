@@ -77,7 +77,7 @@ func (e *env) send(t testing.TB, method, path, token string, body io.Reader, hea
 			ok(t, err)
 			continue
 		}
-		req.Header.Set(headers[i], headers[i+1])
+		req.Header.Add(headers[i], headers[i+1])
 	}
 	res, err := e.client.Do(req)
 	ok(t, err)

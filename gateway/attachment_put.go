@@ -94,10 +94,10 @@ func (g *Gateway) newUpload(c *fiber.Ctx) (*upload, error) {
 	if c.Get(fiber.HeaderContentRange) != "" {
 		return nil, NewProblem(InvalidRequest, "a PUT sends all bytes; resume uploads through /uploads")
 	}
-	if u.content, err = parseDigests("Content-Digest", c.Get("Content-Digest")); err != nil {
+	if u.content, err = parseDigests(c, "Content-Digest"); err != nil {
 		return nil, err
 	}
-	if u.repr, err = parseDigests("Repr-Digest", c.Get("Repr-Digest")); err != nil {
+	if u.repr, err = parseDigests(c, "Repr-Digest"); err != nil {
 		return nil, err
 	}
 	if err := u.readType(utils.CopyString(c.Get(fiber.HeaderContentType))); err != nil {
@@ -229,7 +229,11 @@ func (u *upload) compare(ctx context.Context) (done blobstore.Published, err err
 
 // file is the file within the body; content is the body around it, where its digest is asked for.
 func (u *upload) file() (file io.Reader, content *digesting, err error) {
-	content = newDigesting(u.body, u.content, u.boundary == "")
+	var body io.Reader = u.body
+	if u.boundary != "" && u.g.o.AttachmentLimit > 0 { // what is around a file is limited by nothing else
+		body = &atMost{u.body, u.g.o.AttachmentLimit + multipartHead, u.g.tooLong()}
+	}
+	content = newDigesting(body, u.content, u.boundary == "")
 	if u.boundary == "" {
 		if u.repr.sha512 != nil && u.content.sha512 == nil { // of the same bytes
 			content.want.sha512 = u.repr.sha512
@@ -240,7 +244,7 @@ func (u *upload) file() (file io.Reader, content *digesting, err error) {
 	parts := multipart.NewReader(bufio.NewReaderSize(content, sendBytes), u.boundary)
 	part, err := parts.NextRawPart()
 	if err != nil {
-		if u.body.err == nil {
+		if p := (*Problem)(nil); u.body.err == nil && !errors.As(err, &p) {
 			err = NewProblem(InvalidRequest, "the body is not multipart/form-data with the part file")
 		}
 		return nil, nil, u.failed(err)

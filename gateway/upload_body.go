@@ -103,6 +103,22 @@ func (b *uploadBody) problem() *Problem {
 	return (&Problem{Code: InvalidRequest, Detail: "the body ended too early"}).Because(b.err)
 }
 
+// atMost reads what may have so many bytes, and fails where there are more.
+type atMost struct {
+	r    io.Reader
+	left int64
+	more error
+}
+
+// Read reads on.
+func (a *atMost) Read(p []byte) (int, error) {
+	n, err := a.r.Read(p)
+	if a.left -= int64(n); a.left < 0 {
+		return 0, a.more
+	}
+	return n, err
+}
+
 // heardListener makes connections that remember whether their client has ended them.
 type heardListener struct{ net.Listener }
 
