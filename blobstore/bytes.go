@@ -64,18 +64,21 @@ func (r *round) removeObjects(ctx context.Context, list []record) (done []record
 		return list, nil
 	}
 	errs := make([]error, len(list))
+	var m sync.Mutex
 	var work errgroup.Group
 	work.SetLimit(storeWorkers)
 	for i := range list {
-		work.Go(func() error {
-			for key := range list[i].objects() {
+		for key := range list[i].objects() { // of one file there may be thousands
+			work.Go(func() error {
 				if err := r.c.store.Delete(ctx, key); err != nil {
+					m.Lock()
 					errs[i] = err
+					m.Unlock()
 				}
-			}
-			failpoint.Here(failpoint.BytesDeleting)
-			return nil
-		})
+				failpoint.Here(failpoint.BytesDeleting)
+				return nil
+			})
+		}
 	}
 	_ = work.Wait() // errs says it
 	for i, f := range list {

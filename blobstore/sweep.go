@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/walgate/walgate/internal/failpoint"
@@ -193,7 +194,7 @@ func (r *round) sweep(ctx context.Context) error {
 	} else {
 		err = errors.Join(err, r.delete(ctx))
 	}
-	err = errors.Join(err, r.giveUp(ctx))
+	err = errors.Join(err, r.forget(ctx), r.giveUp(ctx))
 	if err != nil {
 		return fmt.Errorf("sweep the attachments: %w", err)
 	}
@@ -243,6 +244,27 @@ func (r *round) free(ctx context.Context, sure bool) error {
 			return err
 		})
 	})
+}
+
+// deletedKept is for how long it is known of a file at least that it was deleted; after that its id is like one that nobody has
+// uploaded. The change log keeps by itself what it has to tell clients.
+const deletedKept = 30 * 24 * time.Hour
+
+// forget deletes the records of files that were deleted long ago.
+func (r *round) forget(ctx context.Context) error {
+	if r.o.DryRun {
+		return nil
+	}
+	for {
+		done, err := r.conn.Exec(ctx, `DELETE FROM walgate.files WHERE attachment_id = ANY (ARRAY(SELECT attachment_id FROM walgate.files
+			WHERE state = 'd' AND bytes_gone AND deleted_at < now() - $1::interval LIMIT $2)) AND state = 'd' AND bytes_gone`, max(r.c.o.Grace, deletedKept), lookBatch)
+		if err != nil {
+			return fmt.Errorf("forget deleted files: %w", err)
+		}
+		if done.RowsAffected() < lookBatch {
+			return nil
+		}
+	}
 }
 
 // returning tells the deleted files that are to return, for a row names them and all their bytes are there, from those whose

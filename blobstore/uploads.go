@@ -174,12 +174,16 @@ func (r *Records) Grow(ctx context.Context, u *Upload, size int64) error {
 }
 
 // BeginPart returns the number of the next part and the key to write it at. Each attempt has a number and a key of its own, so
-// that two of them never write to one object; those that don't come to AddPart stay in the list with size 0.
+// that two of them never write to one object; those that don't come to AddPart stay in the list with size 0. ErrGivenUp where
+// there are too many: each is a row written anew, and an object to delete one day.
 func (r *Records) BeginPart(ctx context.Context, u *Upload) (part int, key string, err error) {
 	err = r.inTransaction(ctx, "begin a part", func(tx pgx.Tx) error {
 		now, err := lockUpload(ctx, tx, u.ID)
 		if err != nil {
 			return err
+		}
+		if len(now.Parts) >= mostParts {
+			return fmt.Errorf("upload %s has %d parts: %w", u.ID, mostParts, ErrGivenUp)
 		}
 		part, key = len(now.Parts), PartKey(now.StorageKey, len(now.Parts))
 		return tx.QueryRow(ctx, `UPDATE walgate.uploads SET parts = parts || 0::bigint, expires_at = now() + $2 WHERE id = $1::text::uuid RETURNING parts, expires_at`, u.ID, r.o.UploadTTL).Scan(&u.Parts, &u.ExpiresAt)
