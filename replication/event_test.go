@@ -193,3 +193,31 @@ func TestLargeTransactionWithReferences(t *testing.T) {
 		t.Errorf("%d references are left", n)
 	}
 }
+
+// TestFilesOfManyScopes: a step of the fill of the bytes has few files where each names many scopes, and none is left out.
+func TestFilesOfManyScopes(t *testing.T) {
+	t.Parallel()
+	s := newSource(t, setup{specs: thingsSpec(), before: oneThing})
+	s.exec(`INSERT INTO walgate.files (attachment_id, event_id, state, storage_key, size, content_type, sha256, subject, scopes)
+		SELECT 'm' || n, n, 'u', 'm' || n, 1, 'x/y', '\x00', 'ana', (SELECT array_agg(gen_random_uuid()) FROM generate_series(1, 2000)) FROM generate_series(1, 300) n`)
+	after, files, ended := "", 0, false
+	for !ended {
+		var events []changelog.FileEvent
+		var err error
+		events, ended, err = readFiles(t.Context(), s.pool, after, fillRows)
+		s.ok(err)
+		size := 0
+		for i := range events {
+			size += events[i].Bytes()
+		}
+		if size > fillBytes {
+			t.Fatalf("%d files with %d bytes in one step", len(events), size)
+		}
+		if files += len(events); len(events) > 0 {
+			after = events[len(events)-1].AttachmentID
+		}
+	}
+	if files != 300 {
+		t.Errorf("%d files were read, want 300", files)
+	}
+}

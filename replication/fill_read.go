@@ -6,6 +6,7 @@ import (
 	"strconv"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/walgate/walgate/changelog"
 	"github.com/walgate/walgate/policies"
@@ -174,24 +175,8 @@ func (f *filler) files(ctx context.Context, t *fillTask) error {
 	if len(t.position) > 0 {
 		after = t.position[0]
 	}
-	var out []changelog.FileEvent
-	rows, err := f.tenure.leader.o.Source.Query(ctx, filesSQL, after, f.rows)
+	out, ended, err := readFiles(ctx, f.tenure.leader.o.Source, after, f.rows)
 	if err != nil {
-		return fmt.Errorf("read walgate.files: %w", err)
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var field [len(eventColumns)][]byte
-		for i, v := range rows.RawValues() {
-			field[i] = v
-		}
-		e, err := readEvent(field)
-		if err != nil {
-			return fmt.Errorf("read walgate.files, which must be as walgate init made it: %w", err)
-		}
-		out = append(out, *e)
-	}
-	if err := rows.Err(); err != nil {
 		return fmt.Errorf("read walgate.files: %w", err)
 	}
 	if len(out) > 0 {
@@ -205,8 +190,39 @@ func (f *filler) files(ctx context.Context, t *fillTask) error {
 		}
 		t.position, t.rows = last, t.rows+int64(len(out))
 	}
-	if len(out) == f.rows {
+	if !ended {
 		return nil
 	}
 	return f.finish(ctx, t)
+}
+
+// readFiles reads the next files, not many more bytes than a step may hold: each may name thousands of scopes.
+func readFiles(ctx context.Context, source *pgxpool.Pool, after string, most int) (out []changelog.FileEvent, ended bool, err error) {
+	size := 0
+	for n := min(16, most); n > 0; {
+		rows, err := source.Query(ctx, filesSQL, after, n)
+		if err != nil {
+			return nil, false, err
+		}
+		defer rows.Close()
+		before := len(out)
+		for rows.Next() {
+			var field [len(eventColumns)][]byte
+			for i, v := range rows.RawValues() {
+				field[i] = v
+				size += len(v)
+			}
+			e, err := readEvent(field)
+			if err != nil {
+				return nil, false, fmt.Errorf("which must be as walgate init made it: %w", err)
+			}
+			out = append(out, *e)
+		}
+		if err := rows.Err(); err != nil || len(out) < before+n {
+			return out, true, err
+		}
+		after = out[len(out)-1].AttachmentID
+		n = min(8*n, most-len(out), (fillBytes-size)/max(1, size/len(out)))
+	}
+	return out, false, nil
 }
