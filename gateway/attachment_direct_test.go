@@ -74,8 +74,12 @@ func TestAttachmentDirect(t *testing.T) { // not parallel: the SDK finds credent
 	e.get(t, "/attachments/a", ana).bytesAre(t, 200, "hello")
 	write(l, "hallo") // the URL is still good, for nobody
 	e.get(t, "/attachments/a", ana).bytesAre(t, 200, "hello")
+	e.exec(t, `UPDATE walgate.files SET unreferenced_since = now() - interval '1 day'`)
 	if a := e.post(t, "/attachments/a/upload-url", ana, strings.NewReader(fmt.Sprintf(`{"size":5,"sha256":%q}`, hexText(sha("hello"))))); a.status != 200 || !strings.Contains(string(a.body), `"status":"success"`) {
 		t.Errorf("the same again: %d %s", a.status, a.body)
+	}
+	if old := e.one(t, `SELECT count(unreferenced_since)::text FROM walgate.files`); old != "0" {
+		t.Error("what was to be sent again is swept by its old age")
 	}
 	for name, content := range map[string]string{"longer": "hello!", "shorter": "hell", "other": "hallo"} {
 		l := ask(name, ana, "hello")
