@@ -108,7 +108,7 @@ func printReport(out io.Writer, r *blobstore.Report, dry bool, grace time.Durati
 		if len(c.HeldUp) > 0 {
 			did = func(done, would string) string { return would }
 		}
-		line(c.Lost, did("of these are told to clients as missing from now on", "of these would be told to clients as missing from now on"))
+		line(c.Lost, did("of these count as missing from now on: devices keep what they have, and nobody is sent for them", "of these would count as missing: devices keep what they have, and nobody is sent for them"))
 		line(c.Returned, did("files were missing, and their bytes are back", "files are missing, and their bytes are back"))
 		line(c.Foreign, "objects that walgate didn't write: they stay")
 	}

@@ -110,11 +110,11 @@ func (r *round) suspicious(f *Reconciled) (held []HeldUp) {
 	switch {
 	case f.Objects.Files == 0 && lost > 0:
 		held = append(held, HeldUp{Guard: true, What: "the blob store is empty" + stay, Why: fmt.Sprintf("it should hold the bytes of %d files", lost),
-			Next: "see that blobs.url names the right store and that its volume is mounted. If the bytes are lost, run walgate attachments gc --force: clients are told that these files are gone"})
+			Next: "see that blobs.url names the right store and that its volume is mounted. If the bytes are lost, run walgate attachments gc --force: the files count as missing, devices keep their copies, and whoever has one may upload it anew"})
 	case r.c.beyond(lost, files):
 		held = append(held, HeldUp{Guard: true, What: "the bytes of suspiciously many files are not in the blob store" + stay,
 			Why:  fmt.Sprintf("%d of %d files; attachments.sweep_guard is %d percent", lost, files, r.c.o.Guard),
-			Next: "see that blobs.url names the right store. If the bytes are lost, run walgate attachments gc --force: clients are told that these files are gone"})
+			Next: "see that blobs.url names the right store. If the bytes are lost, run walgate attachments gc --force: the files count as missing, devices keep their copies, and whoever has one may upload it anew"})
 	}
 	if r.c.beyond(f.Orphans.Files, f.Objects.Files) {
 		held = append(held, HeldUp{Guard: true, What: "the blob store holds suspiciously many objects that no record has" + stay,

@@ -88,6 +88,7 @@ type Operation struct {
 	Scope       [16]byte // of Log.Operations: one of those asked for
 	ID          string
 	Delete      bool // else download
+	Missing     bool // neither: the store lost the bytes. Only in announcements, and nobody is told
 	Size        int64
 	ContentType string
 	SHA256      []byte

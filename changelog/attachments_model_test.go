@@ -52,15 +52,18 @@ func (m *modelled) named(attachment [16]byte, scopes [][16]byte) (any, within, o
 	return any, within, outside
 }
 
-// holds says whether the scope should hold the attachment.
-func (m *modelled) holds(attachment, scope [16]byte) bool {
+// due is what the scope should do about the attachment: u hold it, m keep what it has, d hold it not.
+func (m *modelled) due(attachment, scope [16]byte) byte {
 	for r := range m.references {
-		if r.attachment == attachment && r.scope == scope {
-			return m.files[attachment].state == 'u' && !m.withheld[[2][16]byte{attachment, scope}]
+		if r.attachment == attachment && r.scope == scope && !m.withheld[[2][16]byte{attachment, scope}] && m.files[attachment].state != 0 {
+			return m.files[attachment].state
 		}
 	}
-	return false
+	return 'd'
 }
+
+// holds says whether the scope should hold the attachment.
+func (m *modelled) holds(attachment, scope [16]byte) bool { return m.due(attachment, scope) == 'u' }
 
 // apply takes one piece into the model.
 func (m *modelled) apply(p *Piece) {
@@ -136,15 +139,18 @@ func (m *modelled) file(e FileEvent) {
 	if was && old.ID == e.ID {
 		return
 	}
+	if was && e.state() == 'm' {
+		return
+	}
 	m.dropUnnamed(e.Key)
-	if e.state() != 'u' {
+	if e.state() == 'd' {
 		return
 	}
 	named, _, _ := m.named(e.Key, nil)
 	if !named {
 		m.references[modelledReference{e.Key, e.Home, [16]byte{}, -1}] = true
 	}
-	if was && e.Event == 'r' {
+	if was && e.Event == 'r' || e.state() == 'm' {
 		return
 	}
 	maps.DeleteFunc(m.withheld, func(k [2][16]byte, _ bool) bool { return k[0] == e.Key })
@@ -174,19 +180,18 @@ func (m *modelled) commit(got []Operation, versions map[[16]byte][]Version, univ
 	for _, k := range universe {
 		f, known := m.files[k[0]]
 		old, had := m.operations[k]
-		had = had && !old.Delete
-		holds := known && m.holds(k[0], k[1])
-		want := ""
-		switch {
-		case holds && (!had || !bytes.Equal(old.SHA256, f.SHA256)):
-			want = "download"
-		case !holds && had:
-			want = "delete"
+		was, due := byte('d'), byte('d')
+		if had {
+			was = opOf(old)
 		}
+		if known {
+			due = m.due(k[0], k[1])
+		}
+		wanted := due != was || due != 'd' && !bytes.Equal(old.SHA256, f.SHA256)
 		o, is := told[k]
 		delete(told, k)
-		if is != (want != "") || is && o.Delete != (want == "delete") {
-			return fmt.Errorf("attachment %x in scope %x: want %q, told %v %+v (holds %v, had %v)", k[0][15], k[1][15], want, is, o, holds, had)
+		if is != wanted || is && opOf(o) != due {
+			return fmt.Errorf("attachment %x in scope %x: want %c %v, told %v %+v (was %c)", k[0][15], k[1][15], due, wanted, is, o, was)
 		}
 		if is && (!slices.Contains(versions[k[0]], o.Version) || !bytes.Equal(o.SHA256, f.SHA256) || o.ID != f.AttachmentID) {
 			return fmt.Errorf("attachment %x in scope %x: told %+v, want one of the versions %v and %x", k[0][15], k[1][15], o, versions[k[0]], f.SHA256)
@@ -201,6 +206,11 @@ func (m *modelled) commit(got []Operation, versions map[[16]byte][]Version, univ
 	return nil
 }
 
+// lost says whether a caller of the scopes keeps an attachment whose bytes the store lost.
+func (m *modelled) lost(attachment [16]byte, scopes [][16]byte) bool {
+	return slices.ContainsFunc(scopes, func(s [16]byte) bool { return m.due(attachment, s) == 'm' })
+}
+
 // held is what a caller of the scopes should have: attachment to digest.
 func (m *modelled) held(scopes [][16]byte) map[[16]byte]string {
 	out := map[[16]byte]string{}
@@ -212,6 +222,16 @@ func (m *modelled) held(scopes [][16]byte) map[[16]byte]string {
 		}
 	}
 	return out
+}
+
+func opOf(o Operation) byte {
+	switch {
+	case o.Delete:
+		return 'd'
+	case o.Missing:
+		return 'm'
+	}
+	return 'u'
 }
 
 func pick[T any](r *rand.Rand, of []T) T { return of[r.IntN(len(of))] }

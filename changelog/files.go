@@ -97,9 +97,9 @@ func (e *FileEvent) state() byte {
 
 // writeEventSQL keeps what a deletion doesn't tell: what it was that is deleted.
 var writeEventSQL = `INSERT INTO walgate.attachment_bytes AS b (key, id, event, state, size, content_type, sha256, created_at, home, version, fill)
-	SELECT $1, $2, $3, $4::text::"char", $5, $6, $7, $8, CASE WHEN $4 = 'u' AND ` + anywhere("$1") + ` IS NULL THEN $9::uuid END, $10, $11
+	SELECT $1, $2, $3, $4::text::"char", $5, $6, $7, $8, CASE WHEN $4 <> 'd' AND ` + anywhere("$1") + ` IS NULL THEN $9::uuid END, $10, $11
 	ON CONFLICT (key) DO UPDATE SET event = excluded.event, state = excluded.state, version = excluded.version, fill = excluded.fill,
-		home = CASE WHEN $12 THEN b.home ELSE excluded.home END,
+		home = CASE WHEN $12 OR excluded.state = 'm' THEN b.home ELSE excluded.home END,
 		size = CASE WHEN excluded.state = 'u' THEN excluded.size ELSE b.size END,
 		content_type = CASE WHEN excluded.state = 'u' THEN excluded.content_type ELSE b.content_type END,
 		sha256 = CASE WHEN excluded.state = 'u' THEN excluded.sha256 ELSE b.sha256 END,

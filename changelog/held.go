@@ -65,7 +65,7 @@ const operationColumns = `version, attachment, scope, id, op::text, size, conten
 func scanOperation(r pgx.CollectableRow) (o Operation, err error) {
 	var op string
 	err = r.Scan(&o.Version, &o.Attachment, &o.Scope, &o.ID, &op, &o.Size, &o.ContentType, &o.SHA256, &o.CreatedAt)
-	o.Delete = op == "d"
+	o.Delete, o.Missing = op == "d", op == "m"
 	return o, err
 }
 

@@ -7,7 +7,7 @@ import (
 )
 
 // holdersSQL reads one more holder of each attachment than is wanted, which shows that there are too many.
-const holdersSQL = `SELECT k.key, ARRAY(SELECT o.scope FROM walgate.attachment_operations o WHERE o.attachment = k.key AND o.op = 'u' LIMIT $2)
+const holdersSQL = `SELECT k.key, ARRAY(SELECT o.scope FROM walgate.attachment_operations o WHERE o.attachment = k.key AND o.op <> 'd' LIMIT $2)
 	FROM (SELECT DISTINCT key FROM unnest($1::uuid[]) AS u(key)) k`
 
 // Holders returns the scopes that hold each of the attachments now; those that more than most scopes hold are left out.

@@ -32,7 +32,8 @@ func anywhere(a string) string {
 }
 
 // judgeSQL compares what each touched scope should hold now with its last operation, and writes a new one where they
-// differ. An uploader's own hold ends with the first document that names the attachment.
+// differ: u and d are told; m, that the store lost the bytes, is not, for a device may have the last copy. An uploader's own
+// hold ends with the first document that names the attachment.
 func judgeSQL(touches string) string {
 	return `WITH known AS MATERIALIZED (SELECT t.attachment, t.scope, t.version, b.home FROM (` + touches + `) t
 		CROSS JOIN LATERAL (SELECT home FROM walgate.attachment_bytes WHERE key = t.attachment LIMIT 1) b),
@@ -48,14 +49,14 @@ func judgeSQL(touches string) string {
 		UNION ALL SELECT w.attachment, o.scope, w.version FROM whole w CROSS JOIN LATERAL (SELECT scope FROM walgate.attachment_operations WHERE attachment = w.attachment OFFSET 0) o
 		) p GROUP BY attachment, scope)
 	INSERT INTO walgate.attachment_operations AS o (attachment, scope, version, op, id, size, content_type, sha256, created_at)
-	SELECT p.attachment, p.scope, p.version, CASE WHEN h.held THEN 'u' ELSE 'd' END::"char", b.id, b.size, b.content_type, b.sha256, b.created_at
+	SELECT p.attachment, p.scope, p.version, h.op::"char", b.id, b.size, b.content_type, b.sha256, b.created_at
 	FROM pairs p
 	CROSS JOIN LATERAL (SELECT * FROM walgate.attachment_bytes WHERE key = p.attachment LIMIT 1) b
-	CROSS JOIN LATERAL (SELECT b.state = 'u' AND CASE WHEN ` + named("p.attachment", "p.scope") + ` THEN true
+	CROSS JOIN LATERAL (SELECT CASE WHEN b.state <> 'd' AND CASE WHEN ` + named("p.attachment", "p.scope") + ` THEN true
 			WHEN p.scope = b.home THEN ` + anywhere("p.attachment") + ` IS NULL ELSE false END
-		AND (SELECT true FROM walgate.attachment_withheld WHERE attachment = p.attachment AND scope = p.scope LIMIT 1) IS NULL AS held OFFSET 0) h
+		AND (SELECT true FROM walgate.attachment_withheld WHERE attachment = p.attachment AND scope = p.scope LIMIT 1) IS NULL THEN b.state::text ELSE 'd' END AS op OFFSET 0) h
 	LEFT JOIN LATERAL (SELECT op, sha256, content_type FROM walgate.attachment_operations WHERE attachment = p.attachment AND scope = p.scope LIMIT 1) x ON true
-	WHERE CASE WHEN h.held THEN x.op IS DISTINCT FROM 'u' OR x.sha256 IS DISTINCT FROM b.sha256 OR x.content_type <> b.content_type ELSE x.op = 'u' END
+	WHERE CASE h.op WHEN 'd' THEN x.op <> 'd' ELSE x.op::text IS DISTINCT FROM h.op OR x.sha256 IS DISTINCT FROM b.sha256 OR x.content_type <> b.content_type END
 	ORDER BY p.version, p.attachment, p.scope
 	ON CONFLICT (attachment, scope) DO UPDATE SET version = excluded.version, op = excluded.op, id = excluded.id, size = excluded.size,
 		content_type = excluded.content_type, sha256 = excluded.sha256, created_at = excluded.created_at

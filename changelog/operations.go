@@ -10,7 +10,7 @@ import (
 )
 
 // operationsSQL merges the scopes' index ranges: of each it reads a share of the page, and goes no further than the first end
-// of a share. State says of each row that was found: null, not the attachment's latest over the scopes; u, d: what to do.
+// of a share. State says of each row that was found: null, not the attachment's latest over the scopes, or nothing to do; u, d: what to do.
 func operationsSQL(state string) string {
 	return `WITH x AS MATERIALIZED (SELECT o.* FROM unnest($1::uuid[]) AS s(key) CROSS JOIN LATERAL (
 		SELECT * FROM walgate.attachment_operations
@@ -23,9 +23,9 @@ func operationsSQL(state string) string {
 }
 
 const (
-	onlyState   = `c.op::text`
+	onlyState   = `nullif(c.op::text, 'm')`
 	latestState = `SELECT CASE WHEN max(o.version) = c.version AND (array_agg(o.scope ORDER BY o.version DESC, o.op = 'u' DESC, o.scope))[1] = c.scope
-		THEN CASE WHEN bool_or(o.op = 'u') THEN 'u' ELSE 'd' END END`
+		THEN CASE WHEN bool_or(o.op = 'u') THEN 'u' WHEN NOT bool_or(o.op = 'm') THEN 'd' END END`
 )
 
 // Most attachments are in one scope, or in few, of which those asked for are picked. Where there are more, each is looked up.

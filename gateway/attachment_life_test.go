@@ -150,7 +150,7 @@ func TestManifestLinks(t *testing.T) {
 }
 
 // TestAttachmentBytesDamaged: bytes that were cut in the store are never sent as if they were whole. Once care has seen that bytes are
-// lost clients are told to delete what they can't fetch, and once they were sent again, to fetch it.
+// lost nobody is sent for them, nor told to delete what may be the last copy; once they were sent again, they are fetched.
 func TestAttachmentBytesDamaged(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -179,7 +179,7 @@ func TestAttachmentBytesDamaged(t *testing.T) {
 	for _, id := range []string{"cut", "lost"} {
 		e.get(t, "/attachments/"+id, ana).problem(t, AttachmentMissing)
 		m := e.manifest(t, ana, id, since["lost"], 0)
-		if !strings.Contains(m.brief(), "delete "+id) {
+		if strings.Contains(m.brief(), id) && m.brief() != "download cut" { // the other one, sent again
 			t.Errorf("told of lost bytes: %s", m.brief())
 		}
 		if again := e.manifest(t, ana, id, 0, 0); strings.Contains(again.brief(), "download "+id) {

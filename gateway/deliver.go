@@ -88,7 +88,7 @@ func (h *hub) deliverOperationLocked(group []changelog.Operation, tx changelog.V
 	for pass := range 2 {
 		for i := range group {
 			o := &group[i]
-			if o.Delete != (pass == 1) {
+			if o.Missing || o.Delete != (pass == 1) {
 				continue
 			}
 			for _, s := range h.files[o.Scope] {

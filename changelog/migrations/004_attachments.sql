@@ -37,7 +37,7 @@ CREATE TABLE walgate.attachment_operations (
     attachment   uuid   NOT NULL,
     scope        uuid   NOT NULL,
     version      bigint NOT NULL,
-    op           "char" NOT NULL,                 -- u download, d delete
+    op           "char" NOT NULL,                 -- u download, d delete, m neither: the store lost the bytes
     id           text   NOT NULL,
     size         bigint NOT NULL,
     content_type text   NOT NULL,
