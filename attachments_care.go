@@ -133,6 +133,15 @@ func (r *references) Named(ctx context.Context, ids []string) ([]bool, error) {
 	return named, nil
 }
 
+// Unwithheld says of each file which event the log holds of it, unless it is withheld from a scope.
+func (r *references) Unwithheld(ctx context.Context, ids []string) ([]int64, error) {
+	keys := make([][16]byte, len(ids))
+	for i, id := range ids {
+		keys[i] = policies.AttachmentKey([]byte(id))
+	}
+	return r.log.Unwithheld(ctx, keys)
+}
+
 // careLoop has a round go whenever one is due, and keeps what there is to see of it fresh, until ctx ends.
 type careLoop struct {
 	care   *blobstore.Care

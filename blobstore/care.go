@@ -25,6 +25,8 @@ type References interface {
 	Pass(ctx context.Context) error
 	// Named says of each file whether a row names it.
 	Named(ctx context.Context, ids []string) ([]bool, error)
+	// Unwithheld says of each file which event the log holds of it; 0: none, or the file is withheld from a scope.
+	Unwithheld(ctx context.Context, ids []string) ([]int64, error)
 }
 
 // objects is what care needs of the store.

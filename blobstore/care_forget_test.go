@@ -84,3 +84,29 @@ func TestFileOfManyParts(t *testing.T) {
 		t.Errorf("a part too many: %v", err)
 	}
 }
+
+// TestScopesAreForgotten: of a file that the log withholds from nobody, it needn't be known where its uploader may write.
+func TestScopesAreForgotten(t *testing.T) {
+	t.Parallel()
+	c := newCaring(t)
+	c.names.events = map[string]int64{}
+	for _, id := range []string{"open", "withheld", "newer"} {
+		c.file(id, id)
+		c.names.set(id, true)
+		c.names.events[id] = ask[int64](c.fixture, `SELECT event_id FROM walgate.files WHERE attachment_id = $1`, id)
+	}
+	c.names.events["withheld"] = 0
+	c.names.events["newer"]-- // the log has an earlier upload
+	c.exec(`UPDATE walgate.files SET scopes = '{}'`)
+	c.round(RoundOptions{DryRun: true})
+	scoped := func() string {
+		return ask[string](c.fixture, `SELECT string_agg(attachment_id, ' ' ORDER BY attachment_id) FROM walgate.files WHERE scopes IS NOT NULL`)
+	}
+	if got := scoped(); got != "newer open withheld" {
+		t.Errorf("after a dry run %s have scopes", got)
+	}
+	c.round(RoundOptions{})
+	if got := scoped(); got != "newer withheld" {
+		t.Errorf("%s have scopes", got)
+	}
+}

@@ -15,6 +15,7 @@ import (
 type naming struct {
 	mu       sync.Mutex
 	ids      map[string]bool
+	events   map[string]int64 // of files that nothing is withheld of
 	unfilled string
 	behind   error
 	failing  error
@@ -42,6 +43,14 @@ func (n *naming) Named(_ context.Context, ids []string) ([]bool, error) {
 		out[i] = n.ids[id]
 	}
 	return out, n.failing
+}
+
+func (n *naming) Unwithheld(_ context.Context, ids []string) ([]int64, error) {
+	out := make([]int64, len(ids))
+	for i, id := range ids {
+		out[i] = n.events[id]
+	}
+	return out, nil
 }
 
 func (n *naming) set(id string, named bool) {

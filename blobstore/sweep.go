@@ -24,15 +24,16 @@ type record struct {
 	Noted   bool // no row named it when it was last looked at
 	Due     bool // and that for longer than the grace period
 	Subject string
+	Scoped  bool // its uploader could not write everywhere
 }
 
 // records reads those rows of walgate.files that a condition is true of, whose arguments begin with $2.
 func (r *round) records(ctx context.Context, where string, args ...any) ([]record, error) {
 	rows, _ := r.conn.Query(ctx, `SELECT attachment_id, event_id, state::text, storage_key, parts, size, state = 'd' AND unreferenced_since IS NOT NULL,
-		unreferenced_since IS NOT NULL, coalesce(unreferenced_since < now() - $1::interval, false), subject FROM walgate.files WHERE `+where, append([]any{r.c.o.Grace}, args...)...)
+		unreferenced_since IS NOT NULL, coalesce(unreferenced_since < now() - $1::interval, false), subject, scopes IS NOT NULL FROM walgate.files WHERE `+where, append([]any{r.c.o.Grace}, args...)...)
 	list, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (f record, err error) {
 		var state string
-		if err = row.Scan(&f.ID, &f.Event, &state, &f.Key, &f.Parts, &f.Size, &f.Swept, &f.Noted, &f.Due, &f.Subject); err == nil {
+		if err = row.Scan(&f.ID, &f.Event, &state, &f.Key, &f.Parts, &f.Size, &f.Swept, &f.Noted, &f.Due, &f.Subject, &f.Scoped); err == nil {
 			f.State = state[0]
 		}
 		return f, err
@@ -333,8 +334,23 @@ func (r *round) note(ctx context.Context) error {
 				s.Named.add(Tally{1, f.Size})
 			}
 		}
-		return r.mark(ctx, noted, again)
+		return errors.Join(r.mark(ctx, noted, again), r.unscope(ctx, list))
 	})
+}
+
+// unscope forgets where the uploaders of files may write once the log holds the upload and has withheld the file from nobody.
+// A log that begins anew finds all references at once, and would else withhold the file from rows that came after it.
+func (r *round) unscope(ctx context.Context, list []record) error {
+	list = slices.DeleteFunc(slices.Clone(list), func(f record) bool { return !f.Scoped })
+	if len(list) == 0 || r.o.DryRun {
+		return nil
+	}
+	events, err := r.c.o.References.Unwithheld(ctx, ids(list))
+	if err != nil {
+		return fmt.Errorf("ask the change log what is withheld: %w", err)
+	}
+	return r.write(ctx, "note what is withheld from nobody", `UPDATE walgate.files f SET scopes = NULL FROM unnest($1::text[], $2::int8[]) AS t(id, event)
+		WHERE f.attachment_id = t.id AND f.event_id = t.event AND f.scopes IS NOT NULL`, ids(list), events)
 }
 
 // mark notes since when no row names files.

@@ -60,6 +60,20 @@ func (l *Log) Held(ctx context.Context, keys, scopes [][16]byte) ([]Held, error)
 	return out, nil
 }
 
+// Unwithheld returns, of each attachment, which event of its bytes the log holds; 0 where there is none, or where it withholds
+// them from a scope.
+func (l *Log) Unwithheld(ctx context.Context, keys [][16]byte) (events []int64, err error) {
+	b := &pgx.Batch{}
+	queueProbing(b)
+	b.Queue(`SELECT coalesce((SELECT event FROM walgate.attachment_bytes WHERE key = a.key AND NOT EXISTS (SELECT FROM walgate.attachment_withheld WHERE attachment = a.key) LIMIT 1), 0)
+		FROM unnest($1::uuid[]) WITH ORDINALITY AS a(key, place) ORDER BY a.place`, keys).Query(func(rows pgx.Rows) (err error) {
+		events, err = pgx.CollectRows(rows, pgx.RowTo[int64])
+		return err
+	})
+	b.Queue(`COMMIT`)
+	return events, wrapRead(l.pool.SendBatch(ctx, b).Close())
+}
+
 const operationColumns = `version, attachment, scope, id, op::text, size, content_type, sha256, created_at`
 
 func scanOperation(r pgx.CollectableRow) (o Operation, err error) {

@@ -246,6 +246,10 @@ func (r logReferences) Pass(context.Context) error {
 	return nil
 }
 
+func (r logReferences) Unwithheld(_ context.Context, ids []string) ([]int64, error) {
+	return make([]int64, len(ids)), nil
+}
+
 func (r logReferences) Named(ctx context.Context, ids []string) ([]bool, error) {
 	var keys [][16]byte
 	for _, id := range ids {
