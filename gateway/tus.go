@@ -76,7 +76,7 @@ func (g *Gateway) createUpload(c *fiber.Ctx) error {
 		return g.uploadProblem(g.working, t.who.Subject, err)
 	}
 	id := t.upload.ID
-	turn, err := g.turns.take(g.working, id, t.body)
+	turn, err := g.turns.take(g.working, turnKey{t.who.Subject, id}, t.body)
 	if err != nil {
 		return err
 	}
@@ -172,7 +172,7 @@ func (g *Gateway) resumeUpload(c *fiber.Ctx) error {
 		waiting, cancel := context.WithTimeout(g.working, turnMost)
 		defer cancel()
 		id := utils.CopyString(c.Params("upload_id"))
-		turn, err := g.turns.take(waiting, id, t.body)
+		turn, err := g.turns.take(waiting, turnKey{t.who.Subject, id}, t.body)
 		if err != nil {
 			return err
 		}

@@ -39,8 +39,12 @@ func (e *env) arrived(t testing.TB, at string, n int64) {
 	eventually(t, "the bytes arrive", func() bool {
 		e.g.turns.mu.Lock()
 		defer e.g.turns.mu.Unlock()
-		turn := e.g.turns.held[strings.TrimPrefix(at, "/uploads/")]
-		return turn != nil && turn.body.came.Load() >= n
+		for key, turn := range e.g.turns.held {
+			if key.id == strings.TrimPrefix(at, "/uploads/") {
+				return turn.body.came.Load() >= n
+			}
+		}
+		return false
 	})
 }
 
@@ -97,6 +101,26 @@ func TestTusTakenOver(t *testing.T) {
 	e.patch(t, at, ana, "world", 5).at(t, 204, 10)
 	e.get(t, "/attachments/a", ana).bytesAre(t, 200, "helloworld")
 	e.tidy(t, 2)
+}
+
+// TestTusOfAnother: who knows the address of somebody else's upload doesn't disturb it.
+func TestTusOfAnother(t *testing.T) {
+	t.Parallel()
+	e := newBytesEnv(t, "", setup{gateway: func(g *Gateway) { g.limits.idle = patience }})
+	ana, ben := editor(t, "ana"), editor(t, "ben")
+	at := e.begin(t, ana, "a", 10)
+	conn := e.sendPart(t, at, ana, "Content-Length: 10\r\nUpload-Offset: 0", "hello")
+	e.arrived(t, at, 5)
+	for _, method := range []string{"PATCH", "DELETE"} {
+		e.tus(t, method, at, ben, "", "Upload-Offset", "0", "Content-Type", tusBody).problem(t, UploadGone)
+	}
+	_, err := fmt.Fprint(conn, "world")
+	ok(t, err)
+	if got := status(t, conn); got != 204 {
+		t.Errorf("the upload that somebody else asked for ended with %d", got)
+	}
+	e.get(t, "/attachments/a", ana).bytesAre(t, 200, "helloworld")
+	e.tidy(t, 1)
 }
 
 // TestTusStandsStill: a body that stops is given up, and what came of it kept; with a checksum nothing is.

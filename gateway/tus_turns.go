@@ -10,28 +10,31 @@ import (
 // instances are kept apart by blobstore.Records. Safe for concurrent use.
 type uploadTurns struct {
 	mu   sync.Mutex
-	held map[string]*uploadTurn
+	held map[turnKey]*uploadTurn
 }
+
+// turnKey is an upload as its caller names it. Whose it is isn't known yet: nobody ends the requests of another subject.
+type turnKey struct{ subject, id string }
 
 // uploadTurn is a request that works on an upload.
 type uploadTurn struct {
 	turns *uploadTurns
-	id    string
+	key   turnKey
 	body  *uploadBody
 	ended chan struct{}
 }
 
 // take waits until nobody else works on the upload.
-func (t *uploadTurns) take(ctx context.Context, id string, body *uploadBody) (*uploadTurn, error) {
-	turn := &uploadTurn{turns: t, id: id, body: body, ended: make(chan struct{})}
+func (t *uploadTurns) take(ctx context.Context, key turnKey, body *uploadBody) (*uploadTurn, error) {
+	turn := &uploadTurn{turns: t, key: key, body: body, ended: make(chan struct{})}
 	for {
 		t.mu.Lock()
-		before := t.held[id]
+		before := t.held[key]
 		if before == nil {
 			if t.held == nil {
-				t.held = map[string]*uploadTurn{}
+				t.held = map[turnKey]*uploadTurn{}
 			}
-			t.held[id] = turn
+			t.held[key] = turn
 		} else {
 			before.body.interrupt() // while its request still has the connection
 		}
@@ -50,7 +53,7 @@ func (t *uploadTurns) take(ctx context.Context, id string, body *uploadBody) (*u
 // end lets the next one work.
 func (t *uploadTurn) end() {
 	t.turns.mu.Lock()
-	delete(t.turns.held, t.id)
+	delete(t.turns.held, t.key)
 	t.turns.mu.Unlock()
 	close(t.ended)
 }
