@@ -48,6 +48,12 @@ func TestAttachmentPaths(t *testing.T) {
 			}
 		}
 	}
+	for _, path := range []string{"/Attachments/a", "/ATTACHMENTS/a", "/METRICS"} { // other addresses: what stands before it may hide one by its name
+		if a := e.raw(t, "GET", path, ana, "\r\n"); a.status != 404 || !strings.Contains(string(a.body), "There is nothing at this address") {
+			t.Errorf("%s: %d %.200s", path, a.status, a.body)
+		}
+		e.raw(t, "PUT", path, ana, "Content-Length: 1\r\n\r\nx").problem(t, NotFound)
+	}
 	e.tidy(t, 0)
 	for _, id := range []string{"a", strings.Repeat("a", 255), "-", "_", ".a", "a.", "a.b.c", "Manifest", "manifest", "download-url", "upload-url"} {
 		e.put(t, id, ana, id).created(t)

@@ -17,7 +17,7 @@ const bodyLimit = 64 << 10
 // routes makes the HTTP server.
 func (g *Gateway) routes() *fiber.App {
 	app := fiber.New(fiber.Config{
-		AppName: "walgate", DisableStartupMessage: true, ErrorHandler: problemHandler(g.o.Logger),
+		AppName: "walgate", DisableStartupMessage: true, CaseSensitive: true, ErrorHandler: problemHandler(g.o.Logger),
 		BodyLimit: bodyLimit, ReadTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, WriteTimeout: time.Minute, ReadBufferSize: 16 << 10,
 		DisablePreParseMultipartForm: true, StreamRequestBody: true, RequestMethods: fiber.DefaultMethods,
 		EnableTrustedProxyCheck: true, TrustedProxies: g.o.TrustedProxies, ProxyHeader: proxyHeader(g.o.TrustedProxies),
