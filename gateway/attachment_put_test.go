@@ -3,11 +3,14 @@ package gateway
 import (
 	"crypto/sha512"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 )
 
@@ -206,4 +209,14 @@ func TestAttachmentRace(t *testing.T) {
 	}
 	e.get(t, "/attachments/a", ana).bytesAre(t, 200, fmt.Sprint("content ", got["first"]-1))
 	e.tidy(t, 1)
+}
+
+// TestStoreFull: a full disk is told as what it is, and nobody is sent back to it at once.
+func TestStoreFull(t *testing.T) {
+	t.Parallel()
+	g := &Gateway{}
+	full, away := asProblem(g.storeProblem(fmt.Errorf("write x: %w", &os.PathError{Op: "write", Path: "x", Err: syscall.ENOSPC}))), asProblem(g.storeProblem(errors.New("no answer")))
+	if full.Code != StoreUnavailable || full.Detail != "the blob store is full" || full.RetryAfter <= away.RetryAfter {
+		t.Errorf("full %+v, away %+v", full, away)
+	}
 }

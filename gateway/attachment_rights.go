@@ -6,6 +6,8 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"syscall"
+	"time"
 
 	"github.com/gofiber/fiber/v2"
 	"github.com/gofiber/fiber/v2/utils"
@@ -189,6 +191,8 @@ func (g *Gateway) storeProblem(err error) error {
 		return nil
 	case g.draining.Load() && g.working.Err() != nil:
 		return (&Problem{Code: ShuttingDown}).Because(err)
+	case errors.Is(err, syscall.ENOSPC):
+		return (&Problem{Code: StoreUnavailable, Detail: "the blob store is full", RetryAfter: time.Minute}).Because(err)
 	}
 	return (&Problem{Code: StoreUnavailable}).Because(err)
 }
