@@ -206,4 +206,58 @@ func TestHeldKnown(t *testing.T) {
 	if !known(1) || known(2) || known(3) {
 		t.Errorf("let go: scope 1 %v, withheld 2 %v, stranger 3 %v", known(1), known(2), known(3))
 	}
+	// Other bytes under the same id are another's: that scope 1 had the ones before says nothing.
+	appendNow(t, a, Piece{LSN: 103, Final: true, Version: v + 5, Files: []FileEvent{{ID: 2, AttachmentID: "photo1", Key: attachment(1), Event: FileDeleted, Version: v + 5}}})
+	appendNow(t, a, Piece{LSN: 104, Final: true, Version: v + 6, Files: []FileEvent{upload(3, 1, v+6, scope(3))}})
+	if known(1) {
+		t.Error("scope 1 had other bytes under this id, and may name these")
+	}
+}
+
+// TestFillRowBeforeItsChange: within one log transaction a fill's row comes, and a change of its document after it. The row
+// counts, as the change says only what it changed.
+func TestFillRowBeforeItsChange(t *testing.T) {
+	t.Parallel()
+	l, _ := newLog(t)
+	a, c := restart(t, l, nil)
+	v, id := c.Version, c.Collections[0].ID
+	appendNow(t, a, Piece{LSN: 100, Final: true, Version: v + 2, Fills: []FillStep{{Fill: 1, Collection: id, Version: v + 2, Start: true}}, Files: []FileEvent{upload(1, 1, v+1), upload(2, 2, v+1)}})
+	row := FillRow{DocID: []byte("1"), Document: documentKey(1), Version: v + 3, References: []Reference{refer(1, 1, 1, v+3), refer(2, 1, 1, v+3)}}
+	appendNow(t, a,
+		Piece{LSN: 101, Final: true, Version: v + 4, Fills: []FillStep{{Fill: 1, Collection: id, Version: v + 4, Rows: []FillRow{row}, From: v + 3, Done: true}}},
+		Piece{LSN: 102, Final: true, Xid: 7, Tx: v + 5, Version: v + 5, Entries: []Entry{upsert(v+5, v+5, 200, "1")}, References: []Reference{unrefer(1, 1, 1, v+5)}})
+	if got := operationsOf(t, l, 0, 1); !slices.Equal(got, []string{"download photo2"}) {
+		t.Errorf("told %v, want photo2, which the change leaves", got)
+	}
+}
+
+// TestFillOfBytesIsOlder: what a fill read of the files before the stream told of a deletion doesn't bring the file back.
+func TestFillOfBytesIsOlder(t *testing.T) {
+	t.Parallel()
+	l, _ := newLog(t)
+	a, c := restart(t, l, nil)
+	v := c.Version
+	appendNow(t, a, Piece{LSN: 100, Final: true, Version: v + 3, References: []Reference{refer(1, 1, 1, v+1)}, Files: []FileEvent{upload(1, 1, v+2)}})
+	appendNow(t, a, Piece{LSN: 101, Final: true, Version: v + 4, Fills: []FillStep{{Fill: 1, Version: v + 4, Start: true}}})
+	appendNow(t, a, Piece{LSN: 102, Final: true, Version: v + 5, Files: []FileEvent{{ID: 2, AttachmentID: "photo1", Key: attachment(1), Event: FileDeleted, Version: v + 5}}})
+	appendNow(t, a, Piece{LSN: 103, Final: true, Version: v + 6, Files: []FileEvent{upload(1, 1, v+6)}, Fills: []FillStep{{Fill: 1, Version: v + 6, Done: true}}})
+	if got := operationsOf(t, l, 0, 1); !slices.Equal(got, []string{"delete photo1"}) {
+		t.Errorf("told %v, want the deletion", got)
+	}
+}
+
+// TestAnotherTypeIsTold: the same bytes under another type are another download, also where a deletion in between isn't told.
+func TestAnotherTypeIsTold(t *testing.T) {
+	t.Parallel()
+	l, _ := newLog(t)
+	a, c := restart(t, l, nil)
+	v := c.Version
+	appendNow(t, a, Piece{LSN: 100, Final: true, Version: v + 2, References: []Reference{refer(1, 1, 1, v+1)}, Files: []FileEvent{upload(1, 1, v+2)}})
+	again := upload(3, 1, v+4)
+	again.ContentType = "image/jpeg"
+	appendNow(t, a, Piece{LSN: 101, Final: true, Version: v + 4, Files: []FileEvent{{ID: 2, AttachmentID: "photo1", Key: attachment(1), Event: FileDeleted, Version: v + 3}, again}})
+	p, err := l.Operations(t.Context(), OperationsRequest{Scopes: [][16]byte{scope(1)}, Since: v + 2, Limit: 10})
+	if err != nil || len(p.Operations) != 1 || p.Operations[0].Delete || p.Operations[0].ContentType != "image/jpeg" {
+		t.Errorf("told %+v (%v), want a download of image/jpeg", p, err)
+	}
 }
