@@ -434,3 +434,32 @@ func TestUploadsAndPushesComeFirst(t *testing.T) {
 	}
 	c.settled()
 }
+
+// TestLookedAtAgain: what was seen before a file was locked may be another file's by then.
+func TestLookedAtAgain(t *testing.T) {
+	t.Parallel()
+	c := newCaring(t)
+	c.file("photo", "old")
+	c.round(RoundOptions{})
+	c.age()
+	c.round(RoundOptions{})
+	c.expect("photo", "d noted", "ud")
+	conn, err := c.pool.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Release()
+	r := &round{c: c.care, conn: conn.Conn()}
+	seen, err := r.records(t.Context(), `state = 'd'`)
+	if err != nil || len(seen) != 1 {
+		t.Fatal(seen, err)
+	}
+	c.file("photo", "new")
+	err = r.acting(t.Context(), seen, func(_ context.Context, list []record) error {
+		t.Errorf("something is done to %+v, which nobody has looked at", list)
+		return nil
+	})
+	if err != nil || r.Sweep.Busy != 1 {
+		t.Errorf("%+v (%v)", r.Sweep, err)
+	}
+}

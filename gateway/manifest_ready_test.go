@@ -29,3 +29,18 @@ func TestManifestNotReady(t *testing.T) {
 		}
 	}
 }
+
+// TestManifestOfAStoppedCollection: what is known of its files stands still, so that no list can be told to be whole.
+func TestManifestOfAStoppedCollection(t *testing.T) {
+	t.Parallel()
+	e := newFileEnv(t, setup{})
+	ask := func() *answer {
+		return e.post(t, "/attachments/manifest", tokenFor(t, "a", nil), strings.NewReader(`{"client_id":"one","since_version":0}`))
+	}
+	e.exec(t, `UPDATE walgate.collections SET stopped = 'a test' WHERE name = 'photos'`)
+	ask().problem(t, CollectionUnavailable)
+	e.exec(t, `UPDATE walgate.collections SET stopped = '' WHERE name = 'photos'`)
+	if a := ask(); a.status != 200 {
+		t.Errorf("when it goes on: %d %s", a.status, a.body)
+	}
+}

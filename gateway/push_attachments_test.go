@@ -243,6 +243,11 @@ func TestPushKnownAttachments(t *testing.T) {
 	e.exec(t, `UPDATE sheets SET photo = NULL, pages = NULL`)
 	e.submit(t, bob, "", sheet("insert", 4, `"owner":"red","photo":"p"`)).want(t, "accepted 4")
 	e.submit(t, eve, "", sheet("insert", 9, `"owner":"blue","photo":"p"`)).want(t, "rejected 9 attachment_missing")
+	// A row of the team that nobody sees at present has given it to the team as well.
+	e.exec(t, `INSERT INTO sheets (id, owner, photo, archived) VALUES (5, 'red', 'q', true)`)
+	ok(t, e.filedIn("q", "ana", "u", nil))
+	e.submit(t, eve, "", sheet("insert", 9, `"owner":"blue","photo":"q"`)).want(t, "rejected 9 attachment_missing")
+	e.submit(t, bob, "", sheet("insert", 6, `"owner":"bob","photo":"q"`)).want(t, "accepted 6")
 }
 
 // TestPushAttachmentsLate names a file that the log doesn't know yet: it is waited for, not refused.
