@@ -78,6 +78,7 @@ func TestObjectsWithoutRecordGo(t *testing.T) {
 			f := newFixture(t, RecordsOptions{UploadTTL: 24 * time.Hour})
 			f.store = open(t, kind)
 			c := caringOf(t, f)
+			c.care.o.Grace = 40 * time.Minute // an upload may be under way for an hour
 			for _, id := range []string{"photo", "replaced", "deleted"} {
 				c.file(id, "bytes of "+id)
 				c.names.set(id, true)
@@ -439,4 +440,47 @@ func TestWalkIsOvertaken(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	c.expect("video", "u", "u")
+}
+
+// vanishing is a store that loses much between the look and the mending.
+type vanishing struct {
+	objects
+	lists int
+	lose  func()
+}
+
+func (v *vanishing) List(ctx context.Context, after string) iter.Seq2[Object, error] {
+	if v.lists++; v.lists == 2 {
+		v.lose()
+	}
+	return v.objects.List(ctx, after)
+}
+
+// TestMendingStops: what goes beyond what the look found is not mended: the guard never saw it.
+func TestMendingStops(t *testing.T) {
+	t.Parallel()
+	c := newCaring(t)
+	c.store = openURL(t, "mem://")
+	const n = guardFloor + 1
+	c.bulk(n)
+	var files []string
+	for i := range n {
+		files = append(files, c.put(ask[string](c.fixture, `SELECT storage_key FROM walgate.files WHERE attachment_id = $1`, fmt.Sprint("bulk", i)), "x"))
+		c.names.set(fmt.Sprint("bulk", i), true)
+	}
+	c.put(NewKey(), "nobody's") // so that there is something to mend
+	c.care.now = func() time.Time { return time.Now().Add(2 * time.Hour) }
+	c.care.store = &vanishing{objects: c.store, lose: func() {
+		for _, key := range files {
+			if err := c.store.Delete(t.Context(), key); err != nil {
+				t.Error(err)
+			}
+		}
+	}}
+	if _, err := c.care.Round(t.Context(), RoundOptions{Reconcile: true}); err == nil || !strings.Contains(err.Error(), "mending stops here") {
+		t.Errorf("the round ended with %v", err)
+	}
+	if told := ask[int](c.fixture, `SELECT count(*)::int FROM walgate.files WHERE state <> 'u'`); told != 0 {
+		t.Errorf("clients were told that %d files are missing", told)
+	}
 }
