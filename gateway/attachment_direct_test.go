@@ -72,6 +72,9 @@ func TestAttachmentDirect(t *testing.T) { // not parallel: the SDK finds credent
 	}
 	complete("a", ana, l).problem(t, UploadGone)
 	e.get(t, "/attachments/a", ana).bytesAre(t, 200, "hello")
+	if key := e.one(t, `SELECT storage_key FROM walgate.files WHERE attachment_id = 'a'`); strings.Contains(l.URL, key) {
+		t.Errorf("the file is at %s, which %s reaches", key, l.URL)
+	}
 	write(l, "hallo") // the URL is still good, for nobody
 	e.get(t, "/attachments/a", ana).bytesAre(t, 200, "hello")
 	e.exec(t, `UPDATE walgate.files SET unreferenced_since = now() - interval '1 day'`)
@@ -87,6 +90,15 @@ func TestAttachmentDirect(t *testing.T) { // not parallel: the SDK finds credent
 		complete(name, ana, l).problem(t, DigestMismatch)
 		e.get(t, "/attachments/"+name, ana).problem(t, NotFound)
 	}
+	lost := ask("lost", ana, "hello") // its caller loses the right meanwhile
+	write(lost, "hello")
+	e.exec(t, `INSERT INTO photos (owner, file) VALUES ('ben', 'lost')`)
+	e.sync(t)
+	complete("lost", ana, lost).problem(t, AttachmentExists)
+	var short link // without a digest
+	ok(t, json.Unmarshal(e.post(t, "/attachments/short/upload-url", ana, strings.NewReader(`{"size":5}`)).body, &short))
+	write(short, "hell")
+	complete("short", ana, short).problem(t, DigestMismatch)
 	for body, code := range map[string]Code{`{}`: InvalidRequest, `{"size":-1}`: InvalidRequest, `{"size":1,"sha256":"x"}`: InvalidRequest, `{"size":901}`: RequestTooLarge, `nonsense`: InvalidRequest, `{"size":1,"content_type":"x"}`: AttachmentTypeRefused} {
 		e.post(t, "/attachments/x/upload-url", ana, strings.NewReader(body)).problem(t, code)
 	}
