@@ -1,8 +1,10 @@
 package changelog
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -27,8 +29,9 @@ func (a *Appender) writeFiles(ctx context.Context, files []FileEvent) error {
 
 // stored is what the log knows of an attachment's bytes.
 type storedBytes struct {
-	event int64
-	fill  int32
+	event  int64
+	fill   int32
+	sha256 []byte
 }
 
 func (a *Appender) storedBytes(ctx context.Context, files []FileEvent) (map[[16]byte]storedBytes, error) {
@@ -38,13 +41,13 @@ func (a *Appender) storedBytes(ctx context.Context, files []FileEvent) (map[[16]
 	}
 	out := map[[16]byte]storedBytes{}
 	rows, err := a.conn.Query(ctx, `SELECT b.* FROM unnest($1::uuid[]) AS t(key)
-		CROSS JOIN LATERAL (SELECT key, event, fill FROM walgate.attachment_bytes WHERE key = t.key LIMIT 1) b`, keys)
+		CROSS JOIN LATERAL (SELECT key, event, fill, sha256 FROM walgate.attachment_bytes WHERE key = t.key LIMIT 1) b`, keys)
 	if err != nil {
 		return nil, err
 	}
 	var key [16]byte
 	var s storedBytes
-	_, err = pgx.ForEachRow(rows, []any{&key, &s.event, &s.fill}, func() error { out[key] = s; return nil })
+	_, err = pgx.ForEachRow(rows, []any{&key, &s.event, &s.fill, &s.sha256}, func() error { out[key], s.sha256 = s, nil; return nil })
 	return out, err
 }
 
@@ -64,7 +67,8 @@ func (a *Appender) writeEvents(ctx context.Context, files []FileEvent) error {
 		if was && old.fill == fill && old.event >= e.ID {
 			continue // a fill's row that was read before what the log holds by now
 		}
-		again := was && old.event == e.ID // a fill found what the log holds: who may read it stays
+		// A fill found what the log holds: who may read it stays. The events of a restored source count from an earlier number on.
+		again := was && old.event == e.ID && (e.state() != FileUploaded || bytes.Equal(old.sha256, e.SHA256))
 		b.Queue(writeEventSQL, e.Key, e.AttachmentID, e.ID, string(rune(e.state())), e.Size, e.ContentType, digest(e), createdAt(e), e.Home, int64(e.Version), fill, again)
 		a.att.touched.add(e.Key, [16]byte{}, e.Version)
 		if again || e.state() != FileUploaded || e.Event == FileReturned && was {
@@ -132,6 +136,9 @@ func (a *Appender) writeFill(ctx context.Context, s *FillStep) error {
 	}
 	if err := a.writeFillRows(ctx, s); err != nil {
 		return err
+	}
+	if s.Swept && s.Collection == 0 {
+		s.SweepFrom, s.SweepTo = 0, math.MaxUint32 // once more: a row that was written meanwhile may have moved behind the sweep
 	}
 	if s.SweepTo > s.SweepFrom {
 		if err := a.sweep(ctx, s); err != nil {

@@ -145,6 +145,18 @@ func (f *filler) pick(now time.Time) (*fillTask, time.Duration) {
 	return &t, 0
 }
 
+// rowsLeft says whether rows of a collection are yet to be looked through.
+func (f *filler) rowsLeft() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, t := range f.tasks {
+		if t.collection != bytesFill && !t.done {
+			return true
+		}
+	}
+	return false
+}
+
 func (t *fillTask) order() int64 {
 	n := int64(t.collection)
 	if t.collection == bytesFill {

@@ -1,6 +1,7 @@
 package replication
 
 import (
+	"errors"
 	"testing"
 
 	"github.com/walgate/walgate/changelog"
@@ -50,5 +51,22 @@ func TestFillOfALostLog(t *testing.T) {
 	s.filled()
 	if !readable() {
 		t.Error("ana doesn't read it any more")
+	}
+}
+
+// TestFilesWaitForRows: a file that isn't everybody's is looked at only when all rows were: a scope that names it and may not have
+// it must be known by then, also where the rows of a collection take their time.
+func TestFilesWaitForRows(t *testing.T) {
+	t.Parallel()
+	s := newSource(t, setup{specs: thingsSpec(), before: oneThing})
+	s.upload("f5", "u")
+	s.exec(`UPDATE walgate.files SET scopes = '{00000000-0000-0000-0000-000000000001}'`)
+	rows := &fillTask{collection: 1}
+	f := &filler{tenure: &tenure{leader: &Leader{o: Options{Source: s.pool}}}, rows: 10, tasks: map[int32]*fillTask{1: rows, bytesFill: {}}}
+	if err := f.files(t.Context(), f.tasks[bytesFill]); !errors.Is(err, errNotNow) {
+		t.Errorf("rows are left: %v", err)
+	}
+	if rows.done = true; f.rowsLeft() {
+		t.Error("no rows are left")
 	}
 }

@@ -3,6 +3,7 @@ package replication
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 
 	"github.com/jackc/pgx/v5"
@@ -178,6 +179,9 @@ func (f *filler) files(ctx context.Context, t *fillTask) error {
 	out, ended, err := readFiles(ctx, f.tenure.leader.o.Source, after, f.rows)
 	if err != nil {
 		return fmt.Errorf("read walgate.files: %w", err)
+	}
+	if f.rowsLeft() && slices.ContainsFunc(out, func(e changelog.FileEvent) bool { return e.Scopes != nil }) {
+		return errNotNow // a scope that names such a file, and may not have it, must be known by then
 	}
 	if len(out) > 0 {
 		if err := f.passFence(ctx); err != nil { // what was read is on the source's disk
