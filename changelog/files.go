@@ -204,7 +204,7 @@ func (a *Appender) writeFillRows(ctx context.Context, s *FillStep) error {
 func (a *Appender) sweep(ctx context.Context, s *FillStep) error {
 	const blocks = ` WHERE ctid >= format('(%s,0)', $1::bigint)::tid AND ctid < format('(%s,0)', $2::bigint)::tid `
 	if s.Collection == 0 {
-		rows, err := a.conn.Query(ctx, `UPDATE walgate.attachment_bytes SET state = 'd', version = $4`+blocks+`AND fill <> $3 AND state <> 'd' RETURNING key`, s.SweepFrom, s.SweepTo, s.Fill, int64(s.Version))
+		rows, err := a.conn.Query(ctx, `UPDATE walgate.attachment_bytes SET state = 'd', home = NULL, version = $4`+blocks+`AND fill <> $3 AND state <> 'd' RETURNING key`, s.SweepFrom, s.SweepTo, s.Fill, int64(s.Version))
 		if err != nil {
 			return err
 		}
