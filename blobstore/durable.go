@@ -12,6 +12,9 @@ import (
 	"syscall"
 )
 
+// sendBytes is after how many bytes a file that is written is sent to the disk.
+const sendBytes = 4 << 20
+
 // durable makes what a bucket of scheme file is given survive a power cut: the driver itself never waits for the disk.
 type durable struct {
 	root   string   // of the bucket

@@ -15,7 +15,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"gocloud.dev/blob"
@@ -123,10 +122,14 @@ func (s *Store) Write(ctx context.Context, key string, r io.Reader, o WriteOptio
 	if err != nil {
 		return Written{}, s.failed("write", key, err)
 	}
-	buf := copyBuffers.Get().(*[128 << 10]byte)
-	_, err = io.CopyBuffer(struct{ io.Writer }{w}, in, buf[:])
-	copyBuffers.Put(buf)
-	if err == nil && file != nil {
+	var sent int64 // to the disk
+	wrote := func(n int64) {
+		if file != nil && n-sent >= sendBytes {
+			sendToDisk(file, sent, n-sent)
+			sent = n
+		}
+	}
+	if err = in.copyTo(w, wrote); err == nil && file != nil {
 		err = s.files.sync(file)
 	}
 	if err != nil {
@@ -158,14 +161,12 @@ func (s *Store) written(ctx context.Context, key string, in *source, err error) 
 	return Written{}, s.failed("write", key, err)
 }
 
-// copyBuffers are what bytes pass through.
-var copyBuffers = sync.Pool{New: func() any { return new([128 << 10]byte) }}
-
 // source reads the bytes of an object, counts and digests them, and remembers what is wrong with them.
 type source struct {
 	ctx   context.Context
 	r     io.Reader
 	hash  hash.Hash
+	later bool // somebody else digests what is read
 	n     int64
 	limit int64
 	err   error // why they can't all be had
@@ -182,7 +183,9 @@ func (s *source) Read(p []byte) (int, error) {
 		return 0, s.err
 	}
 	n, err := s.r.Read(p)
-	_, _ = s.hash.Write(p[:n]) // never fails
+	if !s.later {
+		_, _ = s.hash.Write(p[:n]) // never fails
+	}
 	s.n += int64(n)
 	switch {
 	case s.limit > 0 && s.n > s.limit:

@@ -83,7 +83,8 @@ func TestAttachmentsProbeIndexes(t *testing.T) {
 		sql  string
 		args []any
 	}{
-		"operations": {operationsOfMany, []any{scopes, int64(0), int64(maxVersion), 101, 101}},
+		"operations": {operationsSQL, []any{scopes, int64(0), int64(maxVersion), 101, 101}},
+		"latest":     {latestSQL, []any{scopes, keys}},
 		"held":       {heldSQL, []any{keys, scopes}},
 		"judge":      {judgeGiven, []any{keys, scopes, versions}},
 		"touch":      {touchStatement, []any{keys}},

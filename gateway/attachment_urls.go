@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/binary"
+	"hash"
 	"net/url"
 	"strconv"
 	"strings"
@@ -20,11 +21,7 @@ const signedURLs = "walgate download\n"
 
 // downloadURL returns a signed URL of an attachment with this content, absolute on the public URL.
 func (g *Gateway) downloadURL(id string, digest []byte, expires time.Time) string {
-	b := g.appendAttachmentURL(nil, id)
-	b = append(b, "?expires="...)
-	b = strconv.AppendInt(b, expires.Unix(), 10)
-	b = append(b, "&signature="...)
-	return string(append(b, g.signature(id, digest, expires.Unix())...))
+	return string(g.newURLSigner(expires.Unix()).appendURL(nil, id, digest))
 }
 
 // urlExpiry is when URLs that are made now expire. All those of one minute are the same, so that answers and frames are made
@@ -33,24 +30,44 @@ func (g *Gateway) urlExpiry(now time.Time) time.Time {
 	return now.Add(g.o.AttachmentURLTTL).Truncate(time.Minute).Add(time.Minute)
 }
 
-func (g *Gateway) appendAttachmentURL(b []byte, id string) []byte {
-	b = append(b, strings.TrimRight(g.o.PublicURL, "/")...)
-	b = append(b, "/attachments/"...)
-	return append(b, url.PathEscape(id)...) // ids need no escapes; what isn't an id must not become another path
+// urlSigner signs URLs of one expiry. It is for one goroutine.
+type urlSigner struct {
+	prefix  string
+	expires int64 // Unix seconds
+	mac     hash.Hash
+	message []byte
+	sum     [sha256.Size]byte
+}
+
+func (g *Gateway) newURLSigner(expires int64) *urlSigner {
+	return &urlSigner{prefix: strings.TrimRight(g.o.PublicURL, "/") + "/attachments/", expires: expires, mac: hmac.New(sha256.New, g.o.AttachmentSigningKey)}
+}
+
+// appendURL appends the URL of an attachment with this content.
+func (s *urlSigner) appendURL(b []byte, id string, digest []byte) []byte {
+	b = append(b, s.prefix...)
+	b = append(b, url.PathEscape(id)...) // ids need no escapes; what isn't an id must not become another path
+	b = append(b, "?expires="...)
+	b = strconv.AppendInt(b, s.expires, 10)
+	b = append(b, "&signature="...)
+	return s.appendSignature(b, id, digest)
+}
+
+func (s *urlSigner) appendSignature(b []byte, id string, digest []byte) []byte {
+	m := append(s.message[:0], signedURLs...)
+	m = binary.BigEndian.AppendUint64(m, uint64(len(id)))
+	m = append(m, id...)
+	m = binary.BigEndian.AppendUint64(m, uint64(len(digest)))
+	m = append(m, digest...)
+	m = binary.BigEndian.AppendUint64(m, uint64(s.expires))
+	s.mac.Reset()
+	s.mac.Write(m)
+	s.message = m
+	return base64.RawURLEncoding.AppendEncode(b, s.mac.Sum(s.sum[:0]))
 }
 
 func (g *Gateway) signature(id string, digest []byte, expires int64) string {
-	mac := hmac.New(sha256.New, g.o.AttachmentSigningKey)
-	mac.Write([]byte(signedURLs))
-	var sized [8]byte
-	for _, part := range [][]byte{[]byte(id), digest} {
-		binary.BigEndian.PutUint64(sized[:], uint64(len(part)))
-		mac.Write(sized[:])
-		mac.Write(part)
-	}
-	binary.BigEndian.PutUint64(sized[:], uint64(expires))
-	mac.Write(sized[:])
-	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
+	return string(g.newURLSigner(expires).appendSignature(nil, id, digest))
 }
 
 // checkSignature says whether a URL's parameters are a right to read an attachment with this content now. A wrong signature

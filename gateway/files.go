@@ -107,9 +107,9 @@ func (h *hub) appendOperation(b []byte, o *changelog.Operation, remove bool, his
 }
 
 // appendContent appends what a download says besides: where it is, and what.
-func appendContent(b []byte, o *changelog.Operation, url string) []byte {
+func appendContent(b []byte, o *changelog.Operation, url []byte) []byte {
 	b = append(b, `,"download_url":`...)
-	b = schema.AppendString(b, []byte(url))
+	b = schema.AppendString(b, url)
 	b = append(b, `,"size":`...)
 	b = strconv.AppendInt(b, o.Size, 10)
 	b = append(b, `,"content_type":`...)

@@ -152,8 +152,8 @@ func New(o Options) *Gateway {
 	g.working, g.cut = context.WithCancel(context.Background())
 	g.memory = newBudget(o.SendMemory)
 	g.hub = newHub(o.Log, o.Bus, o.Logger, g.memory, g.policyFailed)
-	g.hub.url = func(o *changelog.Operation) string {
-		return g.downloadURL(o.ID, o.SHA256, g.urlExpiry(time.Now()))
+	g.hub.url = func(o *changelog.Operation) []byte {
+		return g.newURLSigner(g.urlExpiry(time.Now()).Unix()).appendURL(nil, o.ID, o.SHA256)
 	}
 	g.metrics = newMetrics(g)
 	g.app = g.routes()

@@ -47,13 +47,13 @@ type hub struct {
 	// checkpoints are the frames of the transaction that ends, by scope hash.
 	checkpoints map[string][]byte
 
-	url func(*changelog.Operation) string // of a download
+	url func(*changelog.Operation) []byte // of a download
 }
 
 func newHub(log *changelog.Log, bus changelog.Bus, logger *slog.Logger, memory *budget, failed func(string, error)) *hub {
 	return &hub{memory: memory, log: log, bus: bus, logger: logger, failed: failed, every: positionCheck, checkpoints: map[string][]byte{},
 		scopes: map[[16]byte][]*subscriber{}, files: map[[16]byte][]*subscriber{}, subs: map[*subscriber]struct{}{},
-		url: func(*changelog.Operation) string { return "" }, waiters: map[chan struct{}]changelog.LSN{}, echoes: map[int64]chan echo{}, started: make(chan struct{})}
+		url: func(*changelog.Operation) []byte { return nil }, waiters: map[chan struct{}]changelog.LSN{}, echoes: map[int64]chan echo{}, started: make(chan struct{})}
 }
 
 // run follows the log until ctx ends.

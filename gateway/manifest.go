@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"regexp"
+	"slices"
 	"strconv"
 	"time"
 	"unicode/utf8"
@@ -155,9 +156,14 @@ func (g *Gateway) manifest(c *fiber.Ctx) error {
 	return nil
 }
 
+// operationText is about how long an operation is, but for the public URL.
+const operationText = 400
+
 // appendManifest writes the answer and counts what it says.
 func (g *Gateway) appendManifest(b []byte, p *manifestPage) []byte {
-	expires := g.urlExpiry(time.Now())
+	signer := g.newURLSigner(g.urlExpiry(time.Now()).Unix())
+	var link []byte
+	b = slices.Grow(b, 100+len(p.operations)*(operationText+len(signer.prefix)))
 	var size int64
 	deletes := 0
 	b = append(b, `{"current_version":`...)
@@ -177,7 +183,8 @@ func (g *Gateway) appendManifest(b []byte, p *manifestPage) []byte {
 		}
 		b = schema.AppendString(b, []byte(o.ID))
 		if !o.Delete {
-			b = appendContent(b, o, g.downloadURL(o.ID, o.SHA256, expires))
+			link = signer.appendURL(link[:0], o.ID, o.SHA256)
+			b = appendContent(b, o, link)
 		}
 		b = append(b, `,"version":`...)
 		b = strconv.AppendInt(b, int64(o.Version), 10)
