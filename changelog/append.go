@@ -38,6 +38,7 @@ type Appender struct {
 	parts      partitions
 	open       bool // a log transaction has begun
 	buf        []byte
+	adds       []*Reference // of writeReferences
 	sql        []byte
 	txs        []Piece // of the open log transaction: transactions to record (entries left out)
 	raises     []Raise

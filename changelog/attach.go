@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"slices"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
@@ -103,8 +104,7 @@ func (a *Appender) writeReferences(ctx context.Context, pieces []Piece) error {
 	if removals > 0 {
 		gone = make(map[pair]struct{}, removals)
 	}
-	adds := 0
-	a.buf = append(a.buf[:0], copyHeader...)
+	adds := a.adds[:0]
 	for i := len(pieces) - 1; i >= 0; i-- { // from the last: it counts
 		refs := pieces[i].References
 		for j := len(refs) - 1; j >= 0; j-- {
@@ -118,17 +118,23 @@ func (a *Appender) writeReferences(ctx context.Context, pieces []Piece) error {
 					continue
 				}
 			}
-			adds++
-			a.buf = appendReferenceRow(a.buf, r)
+			adds = append(adds, r)
 		}
 	}
-	a.buf = append(a.buf, 0xff, 0xff)
+	// In the index's order: neighbours are found where the one before has gone, and not each in another page.
+	slices.SortFunc(adds, func(a, b *Reference) int { return bytes.Compare(a.Attachment[:], b.Attachment[:]) })
+	a.buf = append(a.buf[:0], copyHeader...)
+	for i, r := range adds {
+		a.buf = appendReferenceRow(a.buf, r)
+		adds[i] = nil
+	}
+	a.buf, a.adds = append(a.buf, 0xff, 0xff), adds
 	if removals > 0 {
 		if err := a.removeReferences(ctx, gone); err != nil {
 			return err
 		}
 	}
-	if adds > 0 {
+	if len(adds) > 0 {
 		const sql = `COPY walgate.attachment_references (attachment, scope, document, fill) FROM STDIN BINARY`
 		if _, err := a.conn.PgConn().CopyFrom(ctx, bytes.NewReader(a.buf), sql); err != nil {
 			return err
