@@ -437,6 +437,7 @@ func (g *Gateway) echoVersion(ctx context.Context, push int64) int64 {
 	defer forget()
 	found, err := g.o.Log.Pushed(ctx, []int64{push}) // it may have come before
 	if err == nil && len(found) > 0 {
+		g.hub.hear(found[0].Last)
 		return int64(found[0].Last)
 	}
 	select {

@@ -192,6 +192,13 @@ func (s *operationsSeen) note(operations []changelog.Operation, v changelog.Vers
 	}
 }
 
+// hear tells the hub that the log is at least at v: whoever was told of it must not be answered from before.
+func (h *hub) hear(v changelog.Version) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.seen.heard = max(h.seen.heard, v)
+}
+
 // quiet says whether the scopes had no operation after v, as far as the log is known to reach, and where that is.
 func (h *hub) quiet(scopes [][16]byte, v changelog.Version) (at changelog.Head, quiet bool) {
 	at, known := h.position()

@@ -181,6 +181,8 @@ func TestQuiet(t *testing.T) {
 		"above the hub":            {func(*hub) {}, 111, false},
 		"an operation since":       {func(h *hub) { h.apply(context.Background(), batch(110, 111, 2)) }, 110, false},
 		"an operation before":      {func(h *hub) { h.apply(context.Background(), batch(110, 111, 2)) }, 111, true},
+		"the log is further":       {func(h *hub) { h.hear(111) }, 110, false},
+		"the hub has followed":     {func(h *hub) { h.hear(111); h.apply(context.Background(), batch(110, 111, 7)) }, 110, true},
 		"a gap":                    {func(h *hub) { h.apply(context.Background(), batch(112, 113, 7)) }, 110, false},
 		"a batch without operations": {func(h *hub) {
 			h.apply(context.Background(), &changelog.Batch{History: testHistory, Prev: 110, Last: 120, Omitted: true})

@@ -73,6 +73,9 @@ func (e *pushEcho) await(ctx context.Context, p *push) {
 		}
 		found = append(found, earlier...)
 	}
+	for i := range found {
+		p.g.hub.hear(found[i].Last)
+	}
 	p.echoed(found)
 }
 
