@@ -87,7 +87,7 @@ func TestInitAndUninstall(t *testing.T) {
 	if _, err := conn.Exec(t.Context(), `INSERT INTO walgate.files (attachment_id, event_id, state, storage_key, size, content_type, sha256, subject) VALUES ('photo', 1, 'u', 'walgate/00/00', 5000, 'image/png', '', 'ana')`); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := walgate(t, "uninstall", "--config", path); err == nil || !strings.Contains(err.Error(), "1 files of attachments (5.0 kB) are kept") {
+	if _, err := walgate(t, "uninstall", "--config", path); err == nil || !strings.Contains(err.Error(), "files of attachments are kept (1, 5.0 kB)") {
 		t.Errorf("uninstall where files are kept: %v", err)
 	}
 	if got := state(); got != "2 1 f t" {

@@ -124,7 +124,7 @@ func refuseToForget(ctx context.Context, conn *pgx.Conn) error {
 	if files == 0 {
 		return nil
 	}
-	return fmt.Errorf("%d files of attachments (%s) are kept, and uninstalling forgets which is which: no later installation could serve them, and one that uses the same store would delete them as nobody's. Copy what you need, "+
+	return fmt.Errorf("files of attachments are kept (%d, %s), and uninstalling forgets which is which: no later installation could serve them, and one that uses the same store would delete them as nobody's. Copy what you need, "+
 		"then run walgate uninstall --forget-files; nothing was removed", files, bytesText(size))
 }
 
