@@ -15,11 +15,14 @@ import (
 // digests are what a client says that its bytes come to (RFC 9530). The zero value says nothing.
 type digests struct{ sha256, sha512 []byte }
 
-// parseDigests reads Content-Digest or Repr-Digest: a dictionary of byte sequences, on however many lines. Algorithms other
-// than the two are passed over.
-func parseDigests(c *fiber.Ctx, field string) (d digests, err error) {
-	text := bytes.Join(c.Request().Header.PeekAll(field), []byte(","))
-	for member := range strings.SplitSeq(string(text), ",") {
+// readDigests reads Content-Digest or Repr-Digest, on however many lines.
+func readDigests(c *fiber.Ctx, field string) (digests, error) {
+	return parseDigests(field, string(bytes.Join(c.Request().Header.PeekAll(field), []byte(","))))
+}
+
+// parseDigests reads a dictionary of byte sequences. Algorithms other than the two are passed over.
+func parseDigests(field, text string) (d digests, err error) {
+	for member := range strings.SplitSeq(text, ",") {
 		name, value, _ := strings.Cut(strings.TrimSpace(member), "=")
 		var into *[]byte
 		size := 0

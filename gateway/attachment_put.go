@@ -94,10 +94,10 @@ func (g *Gateway) newUpload(c *fiber.Ctx) (*upload, error) {
 	if c.Get(fiber.HeaderContentRange) != "" {
 		return nil, NewProblem(InvalidRequest, "a PUT sends all bytes; resume uploads through /uploads")
 	}
-	if u.content, err = parseDigests(c, "Content-Digest"); err != nil {
+	if u.content, err = readDigests(c, "Content-Digest"); err != nil {
 		return nil, err
 	}
-	if u.repr, err = parseDigests(c, "Repr-Digest"); err != nil {
+	if u.repr, err = readDigests(c, "Repr-Digest"); err != nil {
 		return nil, err
 	}
 	if err := u.readType(utils.CopyString(c.Get(fiber.HeaderContentType))); err != nil {
