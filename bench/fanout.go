@@ -5,9 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"os"
-	"os/exec"
-	"strings"
 	"syscall"
 	"time"
 )
@@ -148,39 +145,18 @@ func (b *bench) fanOutToAll(ctx context.Context) (f *fanOut, err error) {
 
 // bareFanOut measures the bare broadcast, in a process of its own.
 func (b *bench) bareFanOut(ctx context.Context) (f *fanOut, err error) {
-	self, err := os.Executable()
+	server, err := startBareServer(ctx, bareFanOutCommand)
 	if err != nil {
 		return nil, err
 	}
-	server := exec.CommandContext(ctx, self, bareFanOutCommand)
-	server.Stderr = os.Stderr
-	stdin, err := server.StdinPipe() // its end tells the server to stop
-	if err != nil {
-		return nil, err
-	}
-	stdout, err := server.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := server.Start(); err != nil {
-		return nil, err
-	}
-	defer func() {
-		stdin.Close()
-		err = errors.Join(err, server.Wait())
-	}()
-	text := make([]byte, 100)
-	length, err := stdout.Read(text)
-	if err != nil {
-		return nil, fmt.Errorf("the bare server did not start: %w", err)
-	}
-	base := strings.TrimSpace(string(text[:length]))
+	defer func() { err = errors.Join(err, server.stop()) }()
+	base := server.base
 	clients, err := newSockets(nil)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, clients.close()) }()
-	memory := func() float64 { return processMemory(server.Process.Pid, "VmRSS:") }
+	memory := func() float64 { return processMemory(server.pid, "VmRSS:") }
 	f = &fanOut{}
 	f.memory.before = memory()
 	for _, n := range b.fanOutSizes() {

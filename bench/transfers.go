@@ -9,9 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/gofiber/fiber/v2"
@@ -91,37 +89,17 @@ func runFiles(ctx context.Context, b *bench) (results []result, err error) {
 
 // bareTransfers measures the bare server, in a process of its own.
 func (b *bench) bareTransfers(ctx context.Context) (t *transfers, err error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
 	dir, err := os.MkdirTemp(b.dir, "bare-files-")
 	if err != nil {
 		return nil, err
 	}
-	server := exec.CommandContext(ctx, self, bareFilesCommand, dir)
-	server.Stderr = os.Stderr
-	stdin, err := server.StdinPipe() // its end tells the server to stop
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	server, err := startBareServer(ctx, bareFilesCommand, dir)
 	if err != nil {
 		return nil, err
 	}
-	stdout, err := server.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := server.Start(); err != nil {
-		return nil, err
-	}
-	defer func() {
-		stdin.Close()
-		err = errors.Join(err, server.Wait(), os.RemoveAll(dir))
-	}()
-	text := make([]byte, 100)
-	length, err := stdout.Read(text)
-	if err != nil {
-		return nil, fmt.Errorf("the bare file server did not start: %w", err)
-	}
-	t = &transfers{base: strings.TrimSpace(string(text[:length]))}
+	defer func() { err = errors.Join(err, server.stop()) }()
+	t = &transfers{base: server.base}
 	return t, t.measure(ctx, b.of(10_000))
 }
 
