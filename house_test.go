@@ -15,18 +15,19 @@ const modulePath = "github.com/walgate/walgate"
 
 // fences says which of our packages each package may import, and which libraries only it may.
 var fences = map[string]struct{ ours, libraries []string }{
-	".":                  {ours: []string{"blobstore", "changelog", "gateway", "internal/pgserver", "policies", "replication", "schema"}},
-	"gateway":            {ours: []string{"blobstore", "changelog", "internal/failpoint", "policies", "schema"}, libraries: []string{"github.com/gofiber/", "github.com/fasthttp/", "github.com/golang-jwt/", "github.com/MicahParks/"}},
-	"replication":        {ours: []string{"changelog", "internal/failpoint", "policies", "schema"}, libraries: []string{"github.com/jackc/pglogrepl"}},
-	"changelog":          {ours: []string{"internal/failpoint", "internal/migrate"}},
-	"policies":           {ours: []string{"schema"}, libraries: []string{"github.com/google/cel-go"}},
-	"schema":             {ours: []string{"internal/migrate"}},
-	"blobstore":          {ours: []string{"internal/failpoint"}, libraries: []string{"gocloud.dev/", "github.com/aws/", "cloud.google.com/", "github.com/Azure/"}},
-	"internal/badlink":   {},
-	"internal/failpoint": {},
-	"internal/migrate":   {},
-	"internal/pgserver":  {},
-	"bench":              {ours: []string{"changelog", "gateway", "internal/pgserver", "policies", "replication", "schema"}},
+	".":                    {ours: []string{"blobstore", "changelog", "gateway", "internal/pgserver", "policies", "replication", "schema"}},
+	"gateway":              {ours: []string{"blobstore", "changelog", "internal/failpoint", "policies", "schema"}, libraries: []string{"github.com/gofiber/", "github.com/fasthttp/", "github.com/golang-jwt/", "github.com/MicahParks/"}},
+	"replication":          {ours: []string{"changelog", "internal/failpoint", "policies", "schema"}, libraries: []string{"github.com/jackc/pglogrepl"}},
+	"changelog":            {ours: []string{"internal/failpoint", "internal/migrate"}},
+	"policies":             {ours: []string{"schema"}, libraries: []string{"github.com/google/cel-go"}},
+	"schema":               {ours: []string{"internal/migrate"}},
+	"blobstore":            {ours: []string{"internal/failpoint"}, libraries: []string{"gocloud.dev/", "github.com/aws/", "cloud.google.com/", "github.com/Azure/"}},
+	"internal/badlink":     {},
+	"internal/failpoint":   {},
+	"internal/migrate":     {},
+	"internal/pgserver":    {},
+	"internal/redisserver": {},
+	"bench":                {ours: []string{"changelog", "gateway", "internal/pgserver", "policies", "replication", "schema"}},
 }
 
 // demoFiles of package main drive a WebSocket as a client does.
