@@ -1,7 +1,7 @@
-// Package badlink is a TCP relay for tests whose weather the test controls: it cuts, refuses, stalls and slows the
-// connections that pass through it.
+// Package badlink is a TCP relay whose weather its owner controls: it cuts, refuses, stalls and slows the connections
+// that pass through it.
 //
-// It owns both halves of each relayed connection and its goroutines; all are gone after the test's cleanup. It never
+// It owns both halves of each relayed connection and its goroutines; all are gone after Close. It never
 // reads what it relays. The kernel on each side keeps confirming bytes to a sender through a stall, so neither TCP
 // keepalives nor TCP_USER_TIMEOUT can notice one: whatever is relayed must have deadlines of its own, as it needs them
 // against a peer whose process is stopped. A Link is safe for concurrent use.
@@ -10,12 +10,12 @@ package badlink
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/url"
 	"os"
 	"sync"
-	"testing"
 	"time"
 )
 
@@ -29,7 +29,7 @@ const (
 // Link relays connections to its target.
 type Link struct {
 	listener net.Listener
-	ctx      context.Context // Ends with the test.
+	ctx      context.Context // Ends with Close.
 	stop     context.CancelFunc
 	running  sync.WaitGroup
 
@@ -50,52 +50,42 @@ type relay struct {
 	over     bool                     // By reset.
 }
 
-// New starts a relay to target, host:port, that ends with the test. The weather is fine at first.
-func New(t testing.TB, target string) *Link {
-	t.Helper()
+// Start starts a relay to target, host:port. The weather is fine at first. The caller must call Close.
+func Start(target string) (*Link, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	l := &Link{target: target, listener: listener, ctx: ctx, stop: stop,
 		changed: make(chan struct{}), open: map[*relay]struct{}{}}
 	l.running.Go(l.accept)
-	t.Cleanup(l.close)
-	return l
-}
-
-// To starts a relay to the server of a connection string, as pgserver writes them: a URL.
-func To(t testing.TB, dsn string) *Link {
-	t.Helper()
-	return New(t, parse(t, dsn).Host)
+	return l, nil
 }
 
 // Addr is where the relay listens.
 func (l *Link) Addr() string { return l.listener.Addr().String() }
 
-// DSN is the connection string, a URL, through the relay.
-func (l *Link) DSN(t testing.TB, dsn string) string {
-	t.Helper()
-	u := parse(t, dsn)
-	u.Host = l.Addr()
-	return u.String()
-}
-
-func parse(t testing.TB, dsn string) *url.URL {
-	t.Helper()
-	u, err := url.Parse(dsn)
-	if err != nil || u.Host == "" {
-		t.Fatalf("%q is not the URL of a server: %v", dsn, err)
+// Through is the URL of a server, such as a connection string as pgserver writes them, with the relay in its place.
+func (l *Link) Through(server string) (string, error) {
+	u, err := parse(server)
+	if err != nil {
+		return "", err
 	}
-	return u
+	u.Host = l.Addr()
+	return u.String(), nil
 }
 
-// Turn relays new connections to another target, as the address of a service that fails over does; open ones stay.
-func (l *Link) Turn(t testing.TB, dsn string) {
-	t.Helper()
-	host := parse(t, dsn).Host
-	l.change(func() { l.target = host })
+// TurnTo relays new connections to another target, host:port, as the address of a service that fails over does; open ones
+// stay.
+func (l *Link) TurnTo(target string) { l.change(func() { l.target = target }) }
+
+func parse(server string) (*url.URL, error) {
+	u, err := url.Parse(server)
+	if err == nil && u.Host == "" {
+		err = fmt.Errorf("%q names no host", server)
+	}
+	return u, err
 }
 
 // Cut resets the open connections, and says how many there were; new ones are accepted.
@@ -183,7 +173,8 @@ func (r *relay) resetLocked() {
 	}
 }
 
-func (l *Link) close() {
+// Close ends the relay and resets what passes through it.
+func (l *Link) Close() {
 	l.stop()
 	_ = l.listener.Close()
 	l.Down()

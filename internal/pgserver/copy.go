@@ -53,30 +53,47 @@ type Copy struct {
 	Recover bool
 	// Settings are further server settings.
 	Settings map[string]string
+	// Install is the set of binaries to use; the zero value means any of the files' major version.
+	Install Install
 }
 
-// StartCopyForTest starts another server on a copy of saved files, for this test alone. A standby is ready once it answers,
-// whatever it has replayed by then.
+// StartCopyForTest is StartCopy for this test alone.
 func StartCopyForTest(t testing.TB, c Copy) *Server {
 	t.Helper()
-	o := Options{Settings: maps.Clone(c.Settings), fill: c.fill}
+	o, err := c.options()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return StartForTest(t, o)
+}
+
+// StartCopy starts another server on a copy of saved files, with fsync off. A standby is ready once it answers, whatever it
+// has replayed by then. The caller must call Close.
+func StartCopy(ctx context.Context, c Copy) (*Server, error) {
+	o, err := c.options()
+	if err != nil {
+		return nil, err
+	}
+	o.Fast = true
+	return Start(ctx, o)
+}
+
+func (c Copy) options() (o Options, err error) {
+	o = Options{Install: c.Install, Settings: maps.Clone(c.Settings), fill: c.fill}
 	if o.Settings == nil {
 		o.Settings = map[string]string{}
 	}
-	var err error
 	if o.Major, err = clusterMajor(c.From); err != nil {
-		t.Fatal(err)
+		return o, err
 	}
-	if c.StandbyOf != nil {
-		if o.Settings["primary_conninfo"] == "" {
-			o.Settings["primary_conninfo"] = c.StandbyOf.DSN("")
-		}
+	if c.StandbyOf != nil && o.Settings["primary_conninfo"] == "" {
+		o.Settings["primary_conninfo"] = c.StandbyOf.DSN("")
 	}
 	if c.Recover {
 		o.Settings["restore_command"] = "false"
 		o.Settings["hot_standby"] = "off" // nobody is let in before recovery has ended
 	}
-	return StartForTest(t, o)
+	return o, nil
 }
 
 // fill makes the new server's data directory of the saved files.

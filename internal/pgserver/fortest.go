@@ -3,7 +3,6 @@ package pgserver
 import (
 	"context"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -13,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"go.uber.org/goleak"
 )
 
@@ -143,17 +141,11 @@ func testInstall(ctx context.Context) (Install, error) {
 func (s *Server) Database(t testing.TB) string {
 	t.Helper()
 	name := databaseName(t.Name())
-	if err := s.maintain(t.Context(), func(ctx context.Context, conn *pgx.Conn) error {
-		_, err := conn.Exec(ctx, "CREATE DATABASE "+pgx.Identifier{name}.Sanitize())
-		return err
-	}); err != nil {
+	if err := s.CreateDatabase(t.Context(), name); err != nil {
 		t.Fatalf("create the test's database: %v", err)
 	}
 	t.Cleanup(func() {
-		err := s.maintain(context.Background(), func(ctx context.Context, conn *pgx.Conn) error {
-			return dropDatabase(ctx, conn, name)
-		})
-		if err != nil {
+		if err := s.DropDatabase(context.Background(), name); err != nil {
 			t.Errorf("drop the test's database %s: %v", name, err)
 		}
 	})
@@ -173,41 +165,4 @@ func databaseName(test string) string {
 		readable = readable[:longest]
 	}
 	return readable + "_" + strings.ToLower(rand.Text()[:12])
-}
-
-// maintain runs work on a connection to the maintenance database.
-func (s *Server) maintain(ctx context.Context, work func(context.Context, *pgx.Conn) error) error {
-	ctx, cancel := context.WithTimeout(ctx, cleanupLimit)
-	defer cancel()
-	conn, err := pgx.Connect(ctx, s.DSN(superuser))
-	if err != nil {
-		return err
-	}
-	return errors.Join(work(ctx, conn), conn.Close(context.WithoutCancel(ctx)))
-}
-
-// dropDatabase drops a database. Its logical slots would forbid that, so they go first, with their walsenders.
-func dropDatabase(ctx context.Context, conn *pgx.Conn, name string) error {
-	rows, err := conn.Query(ctx, "SELECT slot_name FROM pg_replication_slots WHERE database = $1", name)
-	if err != nil {
-		return err
-	}
-	slots, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	if err != nil {
-		return err
-	}
-	for _, slot := range slots {
-		// Ten seconds of patience for the walsender to go; 14 and newer.
-		_, err := conn.Exec(ctx, `SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots
-			WHERE slot_name = $1 AND active_pid IS NOT NULL`, slot)
-		if err != nil {
-			return err
-		}
-		if _, err := conn.Exec(ctx, `SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots
-			WHERE slot_name = $1`, slot); err != nil {
-			return err
-		}
-	}
-	_, err = conn.Exec(ctx, "DROP DATABASE "+pgx.Identifier{name}.Sanitize()+" WITH (FORCE)")
-	return err
 }

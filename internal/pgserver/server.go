@@ -44,6 +44,8 @@ type Options struct {
 	// Fresh runs initdb even where Fast would copy. Copies share one system identifier, which tests of a replaced
 	// server must not.
 	Fresh bool
+	// Env is further environment of the server's processes, as NAME=VALUE.
+	Env []string
 	// fill makes the data directory in place of initdb.
 	fill func(data string) error
 }
@@ -203,7 +205,7 @@ func (s *Server) launch(ctx context.Context) error {
 	}
 	defer log.Close()
 	cmd := exec.Command(filepath.Join(s.install.Bin, "postgres"), "-D", s.dataDir()) // Outlives ctx: Stop ends it.
-	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = s.root, serverEnv(), log, log
+	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = s.root, append(serverEnv(), s.options.Env...), log, log
 	cmd.SysProcAttr = processAttributes(runAs())
 	if s.process, err = startProcess(cmd); err != nil {
 		return fmt.Errorf("start %s: %w", cmd.Path, err)
@@ -282,6 +284,13 @@ func (s *Server) Restart(ctx context.Context) error {
 		return err
 	}
 	return s.launch(ctx)
+}
+
+// SetEnv replaces Options.Env for the starts to come.
+func (s *Server) SetEnv(env []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.options.Env = env
 }
 
 // Close stops the server and removes its directory if that was a temporary one.
