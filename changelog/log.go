@@ -162,6 +162,18 @@ func (l *Log) Head(ctx context.Context) (*Head, error) {
 	return &h, nil
 }
 
+// Newest reads the newest version that was issued. ErrNotInitialised where no leader has started the log yet.
+func (l *Log) Newest(ctx context.Context) (v Version, err error) {
+	err = l.pool.QueryRow(ctx, `SELECT version FROM walgate.checkpoint`).Scan(&v)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return 0, ErrNotInitialised
+	case err != nil:
+		return 0, readError(err)
+	}
+	return v, nil
+}
+
 // queueHead queues the reading of the checkpoint and of the collections.
 func queueHead(b *pgx.Batch, h *Head) {
 	b.Queue(headSQL).QueryRow(func(r pgx.Row) error {

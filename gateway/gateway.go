@@ -93,32 +93,32 @@ type SourceStatus struct {
 
 // Gateway serves clients. Make it with New; Run does everything else.
 type Gateway struct {
-	o         Options
-	auth      *Authenticator
-	hub       *hub
-	memory    *budget
-	limiter   *rateLimiter
-	metrics   *metrics
-	app       *fiber.App
-	fulls     *semaphore.Weighted
-	readers   *semaphore.Weighted
-	pushes    *semaphore.Weighted
-	bodies    *budget // of pushes that are being received
-	queued    atomic.Int64
-	plans     atomic.Pointer[pushPlans]
-	pages     manifestPages
-	manifests manifestStates
-	streams   underway
-	open      atomic.Int64
-	subjects  subjectCounts
-	uploads   subjectCounts // under way
-	turns     uploadTurns   // of resumable uploads
-	draining  atomic.Bool
-	policyN   atomic.Uint64
-	serving   context.Context // ends when draining begins: nobody waits for changes any more
-	stop      context.CancelFunc
-	working   context.Context // ends when draining is over; the framework's own contexts end later still
-	cut       context.CancelFunc
+	o        Options
+	auth     *Authenticator
+	hub      *hub
+	memory   *budget
+	limiter  *rateLimiter
+	metrics  *metrics
+	app      *fiber.App
+	fulls    *semaphore.Weighted
+	readers  *semaphore.Weighted
+	pushes   *semaphore.Weighted
+	bodies   *budget // of pushes that are being received
+	queued   atomic.Int64
+	plans    atomic.Pointer[pushPlans]
+	pages    manifestPages
+	looked   looked
+	streams  underway
+	open     atomic.Int64
+	subjects subjectCounts
+	uploads  subjectCounts // under way
+	turns    uploadTurns   // of resumable uploads
+	draining atomic.Bool
+	policyN  atomic.Uint64
+	serving  context.Context // ends when draining begins: nobody waits for changes any more
+	stop     context.CancelFunc
+	working  context.Context // ends when draining is over; the framework's own contexts end later still
+	cut      context.CancelFunc
 
 	limits limits
 }

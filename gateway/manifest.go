@@ -216,3 +216,14 @@ func (g *Gateway) operations(ctx context.Context, r changelog.OperationsRequest)
 	p, err := g.o.Log.Operations(ctx, r)
 	return p, g.logProblem(err)
 }
+
+// newest reads how far the log is, once a reader's place is free.
+func (g *Gateway) newest(ctx context.Context) (changelog.Version, error) {
+	release, err := g.admitReader(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer release()
+	v, err := g.o.Log.Newest(ctx)
+	return v, g.logProblem(err)
+}

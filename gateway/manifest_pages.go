@@ -16,7 +16,7 @@ import (
 // of scopes in which nothing happened is answered from what the hub has heard, and a page that was read before as long
 // as nothing happened in its scopes.
 func (g *Gateway) manifestPage(ctx context.Context, c client, f *fileScopes, r manifestRequest) (p *manifestPage, again string, err error) {
-	s, err := g.manifests.recall(ctx, g.o.Source, c, f.hash)
+	s, err := g.recall(ctx, c, f.hash)
 	if err != nil {
 		return nil, "", err
 	}
@@ -29,7 +29,7 @@ func (g *Gateway) manifestPage(ctx context.Context, c client, f *fileScopes, r m
 	if r.since != 0 && (s.hash != f.hash || r.since < s.wholeFrom && !within) {
 		return nil, reasonScopes, nil
 	}
-	if p, err = g.knownPage(f, r); p != nil || err != nil {
+	if p, err = g.knownPage(ctx, f, r); p != nil || err != nil {
 		if err == nil && (r.since == 0 || within) {
 			err = g.listed(ctx, c, f, s, r.since, p)
 		}
@@ -48,7 +48,7 @@ func (g *Gateway) manifestPage(ctx context.Context, c client, f *fileScopes, r m
 	if err := f.usable(&read.Head); err != nil {
 		return nil, "", err
 	}
-	if name := g.manifests.unfilled(f, read); name != "" {
+	if name := g.looked.unfilled(f, read); name != "" {
 		return nil, "", NewProblem(NotReady, "the rows of %s are still being looked through for attachments", name)
 	}
 	p = &manifestPage{operations: read.Operations, current: read.Last, more: read.More, position: read.Head.Version, floor: read.Floor}
@@ -63,8 +63,9 @@ func (g *Gateway) manifestPage(ctx context.Context, c client, f *fileScopes, r m
 	return p, "", err
 }
 
-// knownPage answers without the log, where nothing happened since it was read; nil: it has to be read.
-func (g *Gateway) knownPage(f *fileScopes, r manifestRequest) (*manifestPage, error) {
+// knownPage answers from memory, where nothing happened since the log was read; nil: it has to be read. The log is still asked how
+// far it is: what another instance has answered for may not have come by the bus yet.
+func (g *Gateway) knownPage(ctx context.Context, f *fileScopes, r manifestRequest) (*manifestPage, error) {
 	kept := g.pages.get(f, r)
 	since := r.since
 	switch {
@@ -74,8 +75,12 @@ func (g *Gateway) knownPage(f *fileScopes, r manifestRequest) (*manifestPage, er
 		return nil, nil
 	}
 	at, quiet := g.hub.quiet(f.keys, since)
-	if !quiet || kept != nil && kept.history != at.History || !g.manifests.filled(f, &at) {
+	if !quiet || kept != nil && kept.history != at.History || !g.looked.filled(f, &at) {
 		return nil, nil
+	}
+	newest, err := g.newest(ctx)
+	if err != nil || newest > at.Version {
+		return nil, err
 	}
 	if err := f.usable(&at); err != nil {
 		return nil, err

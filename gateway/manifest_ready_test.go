@@ -15,9 +15,9 @@ func TestManifestNotReady(t *testing.T) {
 	}
 	for _, what := range []string{"collection = 0", "collection = (SELECT id FROM walgate.collections WHERE name = 'photos')"} {
 		e.exec(t, `UPDATE walgate.attachment_fills SET done = false WHERE `+what)
-		e.g.manifests.mu.Lock()
-		clear(e.g.manifests.done) // as after a restart
-		e.g.manifests.mu.Unlock()
+		e.g.looked.mu.Lock()
+		clear(e.g.looked.done) // as after a restart
+		e.g.looked.mu.Unlock()
 		ask("one").problem(t, NotReady)
 		e.exec(t, `UPDATE walgate.attachment_fills SET done = true WHERE `+what)
 		if a := ask("one"); a.status != 200 {

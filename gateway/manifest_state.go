@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"container/list"
 	"context"
 	"errors"
 	"slices"
@@ -9,7 +8,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/walgate/walgate/changelog"
 )
@@ -29,72 +27,31 @@ type manifestState struct {
 // answer was lost.
 const runPages = 2
 
-const (
-	// manifestTrust is how long a state that was read is believed. Another instance may have changed it meanwhile, which does
-	// harm only where a client comes back to a token with its former scopes within that time.
-	manifestTrust = 10 * time.Second
-	statesMost    = 1 << 16
-)
-
-// manifestStates keeps what was read of walgate.manifests, and of which collections the rows were looked through. Safe for
-// concurrent use.
-type manifestStates struct {
+// looked keeps of which collections the rows were looked through. Safe for concurrent use.
+type looked struct {
 	mu      sync.Mutex
-	states  map[client]*list.Element
-	recent  list.List // of *keptState, the one read last in front
-	history string    // of done
+	history string
 	done    map[int32]struct{}
 }
 
-type keptState struct {
-	client client
-	state  manifestState
-	until  time.Time
-}
+// recallSQL reads a client's state, and whether to note again that it is still there.
+const recallSQL = `SELECT scope_hash, whole_from, run_from, pages, seen_at < now() - $3::interval FROM walgate.manifests WHERE subject = $1 AND client_id = $2`
 
-// recallSQL reads a client's state, makes it where there is none, and notes now and then that the client is still there.
-const recallSQL = `WITH was AS (SELECT scope_hash, whole_from, run_from, pages, seen_at FROM walgate.manifests WHERE subject = $1 AND client_id = $2),
-	made AS (INSERT INTO walgate.manifests (subject, client_id, scope_hash) SELECT $1, $2, $3 WHERE NOT EXISTS (SELECT FROM was) ON CONFLICT DO NOTHING),
-	seen AS (UPDATE walgate.manifests SET seen_at = now() WHERE subject = $1 AND client_id = $2 AND (SELECT seen_at FROM was) < now() - $4::interval)
-	SELECT scope_hash, whole_from, run_from, pages FROM was`
+// seenSQL notes that a client is there, with the scopes that it came with first.
+const seenSQL = `INSERT INTO walgate.manifests (subject, client_id, scope_hash) VALUES ($1, $2, $3) ON CONFLICT (subject, client_id) DO UPDATE SET seen_at = now()`
 
 // seenAgain is after which time it is noted that a client still comes.
 const seenAgain = 24 * time.Hour
 
-// recall returns a client's state, without a hash where there was none.
-func (m *manifestStates) recall(ctx context.Context, source *pgxpool.Pool, c client, hash string) (manifestState, error) {
-	m.mu.Lock()
-	e := m.states[c]
-	m.mu.Unlock()
-	if e != nil {
-		if k := e.Value.(*keptState); k.state.hash == hash && time.Now().Before(k.until) {
-			return k.state, nil
-		}
+// recall returns a client's state, without a hash where there was none. It is read for each manifest: the one before may have
+// been another instance's.
+func (g *Gateway) recall(ctx context.Context, c client, hash string) (s manifestState, err error) {
+	long := false
+	err = g.o.Source.QueryRow(ctx, recallSQL, c.subject, c.id, seenAgain).Scan(&s.hash, &s.wholeFrom, &s.runFrom, &s.pages, &long)
+	if errors.Is(err, pgx.ErrNoRows) || err == nil && long {
+		_, err = g.o.Source.Exec(ctx, seenSQL, c.subject, c.id, hash)
 	}
-	s := manifestState{}
-	err := source.QueryRow(ctx, recallSQL, c.subject, c.id, hash, seenAgain).Scan(&s.hash, &s.wholeFrom, &s.runFrom, &s.pages)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return s, nil // two may come first at a time: not kept
-	}
-	if err != nil {
-		return s, storeProblem(err)
-	}
-	m.keep(c, s)
-	return s, nil
-}
-
-func (m *manifestStates) keep(c client, s manifestState) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.states == nil {
-		m.states = map[client]*list.Element{}
-	}
-	if e := m.states[c]; e != nil {
-		m.recent.Remove(e)
-	} else if len(m.states) >= statesMost {
-		delete(m.states, m.recent.Remove(m.recent.Back()).(*keptState).client)
-	}
-	m.states[c] = m.recent.PushFront(&keptState{c, s, time.Now().Add(manifestTrust)})
+	return s, storeProblem(err)
 }
 
 // listed remembers what a page of a listing from 0 makes of a client's state, before the client sees the page.
@@ -115,37 +72,33 @@ func (g *Gateway) listed(ctx context.Context, c client, f *fileScopes, s manifes
 	_, err := g.o.Source.Exec(ctx, `INSERT INTO walgate.manifests (subject, client_id, scope_hash, whole_from, run_from, pages) VALUES ($1, $2, $3, $4, $5, coalesce($6::bigint[], '{}'))
 		ON CONFLICT (subject, client_id) DO UPDATE SET scope_hash = excluded.scope_hash, whole_from = excluded.whole_from, run_from = excluded.run_from,
 			pages = excluded.pages, seen_at = now()`, c.subject, c.id, next.hash, int64(next.wholeFrom), int64(next.runFrom), next.pages)
-	if err != nil {
-		return storeProblem(err)
-	}
-	g.manifests.keep(c, next)
-	return nil
+	return storeProblem(err)
 }
 
 // unfilled returns what of a caller's collections was never looked through, and remembers what was; "": nothing.
-func (m *manifestStates) unfilled(f *fileScopes, p *changelog.OperationsPage) string {
-	m.mu.Lock()
-	if m.done == nil || m.history != p.Head.History {
-		m.done, m.history = map[int32]struct{}{}, p.Head.History
+func (l *looked) unfilled(f *fileScopes, p *changelog.OperationsPage) string {
+	l.mu.Lock()
+	if l.done == nil || l.history != p.Head.History {
+		l.done, l.history = map[int32]struct{}{}, p.Head.History
 	}
 	for _, id := range p.Filled {
-		m.done[id] = struct{}{}
+		l.done[id] = struct{}{}
 	}
-	m.mu.Unlock()
-	return m.missing(f, &p.Head)
+	l.mu.Unlock()
+	return l.missing(f, &p.Head)
 }
 
 // filled says whether all of a caller's collections are known to have been looked through.
-func (m *manifestStates) filled(f *fileScopes, h *changelog.Head) bool { return m.missing(f, h) == "" }
+func (l *looked) filled(f *fileScopes, h *changelog.Head) bool { return l.missing(f, h) == "" }
 
-func (m *manifestStates) missing(f *fileScopes, h *changelog.Head) string {
-	m.mu.Lock()
-	defer m.mu.Unlock()
+func (l *looked) missing(f *fileScopes, h *changelog.Head) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	for _, c := range f.collections {
 		st := stateOf(h, c.Name)
-		_, rows := m.done[idOf(st)]
-		_, bytes := m.done[0]
-		if m.history != h.History || st == nil || !rows || !bytes {
+		_, rows := l.done[idOf(st)]
+		_, bytes := l.done[0]
+		if l.history != h.History || st == nil || !rows || !bytes {
 			return c.Name
 		}
 	}

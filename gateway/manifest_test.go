@@ -279,7 +279,6 @@ func TestManifestScopesChanged(t *testing.T) {
 	if page.brief() != "download 1" || !page.More {
 		t.Fatalf("%+v", page)
 	}
-	forgetStates(e) // as another instance, or after a restart
 	if m := e.manifest(t, two, "c", first.Current, 0); m.brief() != "full_resync_required scopes_changed" {
 		t.Errorf("the old position, after an answer that was lost: %s", m.brief())
 	}
@@ -296,7 +295,6 @@ func TestManifestScopesChanged(t *testing.T) {
 	if m := e.manifest(t, one, "new", rest.Current, 1); m.brief() != "" {
 		t.Errorf("a client that never asked: %s", m.brief())
 	}
-	forgetStates(e)
 	if m := e.manifest(t, two, "new", rest.Current, 1); m.brief() != "full_resync_required scopes_changed" {
 		t.Errorf("it was remembered: %s", m.brief())
 	}
@@ -308,14 +306,6 @@ func TestManifestScopesChanged(t *testing.T) {
 	if m := e.manifest(t, one, "old", before+(23*time.Hour).Milliseconds()<<12, 1); m.brief() != "full_resync_required too_old" {
 		t.Errorf("a position of 29 days and an hour ago: %s", m.brief())
 	}
-}
-
-func forgetStates(e *env) {
-	m := &e.g.manifests
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	clear(m.states)
-	m.recent.Init()
 }
 
 // TestManifestPaging: while everything is written at random, clients page with small limits; in the end each holds

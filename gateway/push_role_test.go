@@ -3,7 +3,6 @@ package gateway
 import (
 	"context"
 	"fmt"
-	"net"
 	"strings"
 	"sync"
 	"testing"
@@ -11,7 +10,6 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
-	"github.com/walgate/walgate/changelog"
 	"github.com/walgate/walgate/policies"
 )
 
@@ -97,38 +95,11 @@ func TestPushWithoutEcho(t *testing.T) {
 	})
 }
 
-// another is a second instance over the same source and log, which gets no messages of the bus: it reads the log.
-func (e *env) another(t testing.TB, change func(*Options)) *env {
-	t.Helper()
-	o := e.g.o
-	o.Bus = changelog.NewMemoryBus()
-	if change != nil {
-		change(&o)
-	}
-	other := *e
-	other.g = New(o)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	ok(t, err)
-	other.base = "http://" + l.Addr().String()
-	serving, stop := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- other.g.Run(serving, l) }()
-	t.Cleanup(func() {
-		e.client.CloseIdleConnections()
-		stop()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-	})
-	ok(t, other.g.hub.awaitStart(t.Context()))
-	return &other
-}
-
 // TestPushTwoInstances repeats pushes at another instance than they went to first, and reads what one wrote from the other.
 func TestPushTwoInstances(t *testing.T) {
 	t.Parallel()
 	e := newPushEnv(t, setup{})
-	other := e.another(t, nil)
+	other := e.another(t, setup{})
 	ana := tokenFor(t, "ana", nil)
 	change := `{"collection":"boards","operation":"upsert","doc_id":"1","change_id":"c","data":{"n":5}}`
 	at := e.here(t, ana)
