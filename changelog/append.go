@@ -28,6 +28,7 @@ const bufferKept = 32 << 20
 
 // Appender is the log's only writer: it owns one connection and belongs to one goroutine.
 type Appender struct {
+	log        *Log
 	conn       *pgx.Conn
 	dog        *watchdog
 	bus        Bus
@@ -61,14 +62,57 @@ type Appended struct {
 
 // NewAppender connects, takes the log over (see Claim), and returns its writer. Close it in any case.
 func (l *Log) NewAppender(ctx context.Context, bus Bus, c Claim) (*Appender, *Claimed, error) {
+	a, err := l.ConnectAppender(ctx, bus)
+	if err != nil {
+		return nil, nil, err
+	}
+	claimed, err := a.Claim(ctx, c)
+	if err != nil {
+		a.Close()
+		return nil, nil, err
+	}
+	return a, claimed, nil
+}
+
+// ConnectAppender returns a writer that has yet to take the log over. Close it in any case.
+func (l *Log) ConnectAppender(ctx context.Context, bus Bus) (*Appender, error) {
 	a, err := l.connectAppender(ctx, bus)
 	if err != nil {
-		return nil, nil, fmt.Errorf("connect to the change log's database: %w", Explain(err))
+		return nil, fmt.Errorf("connect to the change log's database: %w", Explain(err))
 	}
+	a.log = l
+	return a, nil
+}
+
+// Known returns the names of the collections that the log has; nil where it was never begun. ErrConfigRevision where the
+// log was taken over with a newer configuration.
+func (a *Appender) Known(ctx context.Context, revision int64) (map[string]bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	var stored int64
+	var names []string
+	err := a.conn.QueryRow(ctx, `SELECT config_revision, ARRAY(SELECT name FROM walgate.collections) FROM walgate.checkpoint`).Scan(&stored, &names)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("read the change log's state: %w", Explain(err))
+	case revision < stored:
+		return nil, olderConfig(revision, stored)
+	}
+	known := make(map[string]bool, len(names))
+	for _, n := range names {
+		known[n] = true
+	}
+	return known, nil
+}
+
+// Claim takes the log over. The caller holds the slot.
+func (a *Appender) Claim(ctx context.Context, c Claim) (*Claimed, error) {
 	stop := a.dog.run(ctx)
 	defer stop()
 	var claimed *Claimed
-	err = a.dog.call(func() (err error) {
+	err := a.dog.call(func() (err error) {
 		if err = endPredecessor(ctx, a.conn); err != nil {
 			return err
 		}
@@ -82,14 +126,13 @@ func (l *Log) NewAppender(ctx context.Context, bus Bus, c Claim) (*Appender, *Cl
 		return a.parts.load(ctx, a.conn)
 	})
 	if err != nil {
-		a.Close()
-		return nil, nil, Explain(err)
+		return nil, Explain(err)
 	}
 	a.epoch, a.history, a.version = claimed.Epoch, claimed.History, claimed.Version
 	a.logged.Store(uint64(claimed.LSN))
-	l.pool.Reset() // readers must not go on with connections to a server that held the log before
-	bus.Publish(&Batch{History: a.history, Prev: claimed.Version, Last: claimed.Version, LSN: claimed.LSN, Omitted: true})
-	return a, claimed, nil
+	a.log.pool.Reset() // readers must not go on with connections to a server that held the log before
+	a.bus.Publish(&Batch{History: a.history, Prev: claimed.Version, Last: claimed.Version, LSN: claimed.LSN, Omitted: true})
+	return claimed, nil
 }
 
 func (l *Log) connectAppender(ctx context.Context, bus Bus) (*Appender, error) {

@@ -138,7 +138,7 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 		return err
 	default:
 		if c.ConfigRevision < s.revision {
-			return fmt.Errorf("%w: %d here, %d there: deploy the newer configuration", ErrConfigRevision, c.ConfigRevision, s.revision)
+			return olderConfig(c.ConfigRevision, s.revision)
 		}
 		out.NewHistory = broken(s, c, storage)
 	}
@@ -169,6 +169,10 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 			server_started = excluded.server_started, noted = excluded.noted`,
 		out.Epoch, out.History, int64(out.Version), int64(floor), lsnNumeric(out.LSN), c.Source.System, c.Source.Timeline, storage.System, storage.Timeline, c.ConfigRevision, c.Noted)
 	return err
+}
+
+func olderConfig(here, there int64) error {
+	return fmt.Errorf("%w: %d here, %d there: deploy the newer configuration", ErrConfigRevision, here, there)
 }
 
 // broken says why the stored log can't be continued, or "".

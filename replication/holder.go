@@ -27,24 +27,6 @@ func slotBusy(err error) bool {
 	return errors.As(err, &pg) && pg.Code == "55006" // object_in_use
 }
 
-// heldBy adds to the error of a busy slot who holds it.
-func heldBy(ctx context.Context, q querier, slot string, cause error) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	var pid uint32
-	var who string
-	err := q.QueryRow(ctx, `SELECT active_pid, `+whoSQL+` FROM pg_replication_slots LEFT JOIN pg_stat_activity a ON a.pid = active_pid
-		WHERE slot_name = $1 AND active_pid IS NOT NULL`, slot).Scan(&pid, &who)
-	if err != nil { // free again, or the source can't be asked
-		return cause
-	}
-	more := ""
-	if held, err := waitsFor(ctx, q, pid); err == nil {
-		more = "; it is still making the slot, which waits for " + held.who
-	}
-	return fmt.Errorf("slot %s is held by process %d of the source (%s)%s: this instance serves what is logged and takes over once the slot is free: %w", slot, pid, who, more, cause)
-}
-
 // whoSQL describes the session a; what the role may not see is left out.
 const whoSQL = `concat_ws(', ', 'user ' || a.usename, 'application ' || nullif(a.application_name, ''),
 	CASE WHEN a.client_addr IS NOT NULL THEN 'client ' || host(a.client_addr) || ':' || a.client_port END)`

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"time"
@@ -50,6 +51,7 @@ type Leader struct {
 	unreadable string            // why the slot can't be read on; empty: it can
 	failure    string            // with which PostgreSQL last failed to decode
 	failures   int               // how often it has in a row
+	heldBy     string            // who holds the slot, as last logged
 	expired    time.Time         // when retention was last applied
 	droppable  changelog.Version // log partitions below it may go with the next time
 	forgotten  time.Time         // when nothing was left to forget in the source
@@ -69,28 +71,27 @@ const (
 	lastBackoff  = 5 * time.Second
 )
 
-// Run holds the slot and appends until ctx ends, then returns nil. Whatever fails (the source, the log's database, the
-// slot taken by another instance) is shown in Stats and tried again with growing pauses: serving goes on meanwhile.
+// Run holds the slot and appends until ctx ends, then returns nil. While another process holds the slot it waits; whatever
+// fails (the source, the log's database) is shown in Stats and tried again with growing pauses: serving goes on meanwhile.
 func (l *Leader) Run(ctx context.Context) error {
 	var watching sync.WaitGroup
 	defer watching.Wait() // the slot's lag matters most while nothing reads from it
 	watching.Go(func() { l.watchSlot(ctx) })
 	l.o.Log.OnWaiting = l.waiting
 	pause := firstBackoff
-	var waiting string // what was last logged of a slot that others hold
-	var logged time.Time
 	for {
+		l.awaitSlot(ctx)
 		began := time.Now()
 		err := l.session(ctx)
 		if ctx.Err() != nil {
 			l.o.Stats.setState(false, nil)
 			return nil
 		}
-		l.judgeSlot(err)
-		busy := slotBusy(err)
-		if busy {
-			err = heldBy(ctx, l.o.Source, l.o.Slot, err)
+		if slotBusy(err) { // another instance was quicker, or ours of before isn't gone yet
+			sleep(ctx, spread(firstBackoff))
+			continue
 		}
+		l.judgeSlot(err)
 		l.o.Stats.setState(false, err)
 		l.o.Stats.Reconnects.Add(1)
 		if time.Since(began) > time.Minute {
@@ -101,21 +102,21 @@ func (l *Leader) Run(ctx context.Context) error {
 			pause = firstBackoff
 			continue
 		}
-		if busy {
-			if err.Error() != waiting || time.Since(logged) > waitAgain {
-				waiting, logged = err.Error(), time.Now()
-				l.o.Logger.Warn("another process holds the slot; waiting to take over", "slot", l.o.Slot, "error", err)
-			}
-			pause = min(pause, time.Second)
-		} else {
-			l.o.Logger.Error("replication stopped; trying again", "error", err, "pause", pause.String())
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(pause):
-		}
+		l.o.Logger.Error("replication stopped; trying again", "error", err, "pause", pause.String())
+		sleep(ctx, spread(pause))
 		pause = min(pause*2, lastBackoff)
+	}
+}
+
+// spread keeps instances from doing the same at the same moment: half of d to all of it.
+func spread(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) }
+
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
 	}
 }
 
@@ -158,7 +159,16 @@ func (l *Leader) session(ctx context.Context) error {
 	if err := l.o.Watcher.Reload(ctx); err != nil {
 		return err
 	}
-	src, err := l.prepare(ctx)
+	appender, err := l.o.Log.ConnectAppender(ctx, l.o.Bus) // first: who can't reach the log must not keep the slot from who can
+	if err != nil {
+		return err
+	}
+	defer appender.Close()
+	known, err := appender.Known(ctx, l.o.ConfigRevision)
+	if err != nil {
+		return err
+	}
+	src, err := l.prepare(ctx, known)
 	if err != nil {
 		return err
 	}
@@ -180,12 +190,12 @@ func (l *Leader) session(ctx context.Context) error {
 		return err
 	}
 	failpoint.Here(failpoint.SlotTaken)
-	appender, claimed, err := l.o.Log.NewAppender(ctx, l.o.Bus, src.claim)
-	if err != nil {
-		return err
+	stop := reassure(conn, src.claim.SlotLSN, l.o.timing.status)
+	claimed, err := appender.Claim(ctx, src.claim)
+	if err == nil {
+		err = l.rememberHistory(ctx, claimed.History)
 	}
-	defer appender.Close()
-	if err := l.rememberHistory(ctx, claimed.History); err != nil {
+	if stop(); err != nil {
 		return err
 	}
 	failpoint.Here(failpoint.HistoryNoted)
@@ -212,6 +222,7 @@ func (l *Leader) report(c *changelog.Claimed) {
 	for _, r := range c.Raised {
 		log.Warn("clients of this collection will resynchronise", "collection", r)
 	}
+	l.heldBy = ""
 	log.Info("leading: streaming from the slot into the change log")
 	l.o.Stats.Logged.Store(uint64(c.LSN))
 	l.o.Stats.setState(true, nil)
@@ -228,7 +239,8 @@ type sourceState struct {
 	claim    changelog.Claim
 }
 
-func (l *Leader) prepare(ctx context.Context) (*sourceState, error) {
+// prepare reads it; known are the collections that the log has.
+func (l *Leader) prepare(ctx context.Context, known map[string]bool) (*sourceState, error) {
 	short, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	pooled, err := l.o.Source.Acquire(short)
@@ -273,7 +285,7 @@ func (l *Leader) prepare(ctx context.Context) (*sourceState, error) {
 	}
 	s.xmax = uint64(xmax)
 	s.claim.SlotCreated = slot.Created
-	s.claim.Collections = l.claimed(ctx, conn)
+	s.claim.Collections = l.claimed(ctx, conn, known)
 	return s, nil
 }
 
@@ -317,44 +329,6 @@ func (l *Leader) verify(ctx context.Context, walsender uint32, confirmed changel
 		return fmt.Errorf("slot %s moved from %s to %s while it was taken: looking again", l.o.Slot, confirmed, changelog.LSN(now))
 	}
 	return nil
-}
-
-// claimed describes the collections as this instance's configuration and the catalog have them.
-func (l *Leader) claimed(ctx context.Context, conn *pgx.Conn) []changelog.ClaimedCollection {
-	d := l.o.Watcher.Current()
-	var out []changelog.ClaimedCollection
-	for name, why := range d.Stopped {
-		out = append(out, changelog.ClaimedCollection{Name: name, Stopped: why})
-	}
-	for _, c := range d.Set.Collections {
-		if bare := l.o.Watcher.bare(c); bare != "" { // its next row would stop it
-			out = append(out, changelog.ClaimedCollection{Name: c.Name, Stopped: withoutFullReason(bare)})
-			continue
-		}
-		out = append(out, changelog.ClaimedCollection{
-			Name: c.Name, Fingerprint: c.Fingerprint, Shape: c.Table.Shape(), RaisedShape: schema.OpenGap(c.Table.Shape()), Retention: c.Retention,
-			Empty: isEmpty(ctx, conn, c.Table), Keep: c.Table.KeepsShape,
-		})
-	}
-	return out
-}
-
-// isEmpty says whether the table has no row; in doubt it has.
-func isEmpty(ctx context.Context, conn *pgx.Conn, t *schema.Table) bool {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	only := "ONLY "
-	if t.Kind == 'p' {
-		only = ""
-	}
-	empty := false
-	err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `SET LOCAL row_security = off`); err != nil {
-			return err
-		}
-		return tx.QueryRow(ctx, `SELECT NOT EXISTS (SELECT FROM `+only+t.SQL()+`)`).Scan(&empty)
-	})
-	return err == nil && empty
 }
 
 // rememberHistory notes in the source that a log exists, so that losing the log is noticed.

@@ -155,7 +155,7 @@ func TestKilledBetweenAppendAndAcknowledge(t *testing.T) {
 	// What a killed gateway leaves: appended, and no status sent.
 	l := NewLeader(Options{Source: s.pool, ReplicationURL: s.linked, Slot: s.slot, Publications: s.watcher.publications, Log: s.log, Bus: s.bus,
 		Watcher: s.watcher, Stats: s.stats, Logger: s.watcher.log})
-	src, err := l.prepare(t.Context())
+	src, err := l.prepare(t.Context(), nil)
 	s.ok(err)
 	conn, err := connect(t.Context(), s.dsn, src.encoding, senderTimeout)
 	s.ok(err)
