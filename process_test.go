@@ -175,6 +175,16 @@ func (p *gatewayProcess) end(signal os.Signal) error {
 	}
 }
 
+// says counts the lines of the gateway's log that hold a text.
+func (p *gatewayProcess) says(text string) (n int) {
+	p.t.Helper()
+	all, err := os.ReadFile(p.log)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return bytes.Count(all, []byte(text))
+}
+
 // release ends whatever runs and shows the log of a failed run.
 func (p *gatewayProcess) release() {
 	if p.cmd == nil {

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -144,7 +145,8 @@ func TestWriteProblem(t *testing.T) {
 		{name: "fiber error", err: fiber.NewError(418, secret), status: 400, code: InvalidRequest},
 		{name: "fiber 500", err: fiber.NewError(502, secret), status: 500, code: Internal, logged: true},
 		{name: "upgrade", err: fiber.ErrUpgradeRequired, status: 426, code: UpgradeRequired, header: map[string]string{"Upgrade": "websocket"}},
-		{name: "deadline", err: fmt.Errorf("%s: %w", secret, context.DeadlineExceeded), status: 503, code: AnswerTimeout, header: map[string]string{"Retry-After": "1"}, logged: true},
+		{name: "deadline", err: fmt.Errorf("%s: %w", secret, context.DeadlineExceeded), status: 503, code: AnswerTimeout, logged: true},
+		{name: "stopping", err: &Problem{Code: ShuttingDown}, status: 503, code: ShuttingDown, header: map[string]string{"Connection": "close"}, logged: true},
 		{name: "rate", err: &Problem{Code: RateLimited, RetryAfter: 1100 * time.Millisecond}, status: 429, code: RateLimited, header: map[string]string{"Retry-After": "2"}},
 		{name: "token", err: NewProblem(TokenExpired, ""), status: 401, code: TokenExpired, header: map[string]string{"Www-Authenticate": `Bearer error="invalid_token"`}},
 		{name: "stream only", err: NewProblem(BinaryFrame, secret), status: 500, code: Internal, logged: true},
@@ -184,6 +186,29 @@ func TestWriteProblem(t *testing.T) {
 				t.Errorf("logged: %q", log.String())
 			}
 		})
+	}
+}
+
+// TestRetryAfterIsSpread: what concerns everybody sends them away for different times, none of them too long.
+func TestRetryAfterIsSpread(t *testing.T) {
+	t.Parallel()
+	for base, most := range map[time.Duration]int{0: 3, 5 * time.Second: 15} {
+		app, seen := problemApp(&Problem{Code: LogBehind, RetryAfter: base}, &strings.Builder{}), map[int]bool{}
+		for range 60 {
+			response, err := app.Test(httptest.NewRequest("GET", "/fail", nil), -1)
+			if err != nil {
+				t.Fatal(err)
+			}
+			response.Body.Close()
+			n, err := strconv.Atoi(response.Header.Get("Retry-After"))
+			if err != nil || n < int(base.Seconds()) || n < 1 || n > most {
+				t.Fatalf("Retry-After %q for %s", response.Header.Get("Retry-After"), base)
+			}
+			seen[n] = true
+		}
+		if len(seen) < 2 {
+			t.Errorf("everybody is to come back after %v s", seen)
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"math/rand/v2"
 	"net/http"
 	"runtime/debug"
 	"strconv"
@@ -143,11 +144,25 @@ func writeProblem(c *fiber.Ctx, err error) error {
 		if p.Code == UpgradeRequired {
 			c.Set(fiber.HeaderUpgrade, "websocket")
 		}
-	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
+	case http.StatusTooManyRequests:
 		c.Set(fiber.HeaderRetryAfter, strconv.Itoa(retryAfterSeconds(p.RetryAfter)))
+	case http.StatusServiceUnavailable:
+		c.Set(fiber.HeaderRetryAfter, strconv.Itoa(retryAfterSeconds(spreadRetry(p.RetryAfter))))
+	}
+	if p.Code == ShuttingDown { // the next request on this connection would come here again: elsewhere it is served
+		c.Context().SetConnectionClose()
 	}
 	c.Status(status).Set(fiber.HeaderContentType, "application/problem+json")
 	return c.Send(mustJSON(p.body(requestID(c))))
+}
+
+// spreadRetry keeps clients that were sent away together, by what concerns all of them, from coming back together: once to
+// three times the pause.
+func spreadRetry(d time.Duration) time.Duration {
+	if d <= 0 {
+		d = defaultRetryAfter
+	}
+	return d + rand.N(2*d)
 }
 
 // retryAfterSeconds rounds up: a client that comes back early is refused again.
