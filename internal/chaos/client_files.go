@@ -216,11 +216,12 @@ func (c *client) download(ctx context.Context, id, address, digest string) (stri
 	return digest, nil
 }
 
-// compare says how what is kept differs from what rows name; more may be kept where also allows it.
-func (f *files) compare(want map[string]string, also func(id string) bool) error {
+// compare says how what is kept differs from what rows name; more may be kept where also allows it, and less where a file
+// is withheld: what was named before it was uploaded isn't given to scopes in which its uploader may not write.
+func (f *files) compare(want map[string]string, also, withheld func(id string) bool) error {
 	var lines []string
 	for _, id := range slices.Sorted(maps.Keys(want)) {
-		if digest, ok := f.kept[id]; !ok {
+		if digest, ok := f.kept[id]; !ok && !withheld(id) {
 			lines = append(lines, fmt.Sprintf("%s is missing, which %s names and the store has", id, want[id]))
 		} else if digest == "gone" {
 			lines = append(lines, fmt.Sprintf("%s could not be fetched, which %s names and the store has", id, want[id]))
@@ -235,4 +236,14 @@ func (f *files) compare(want map[string]string, also func(id string) bool) error
 		return nil
 	}
 	return fmt.Errorf("%w: files at %d:\n    %s", errDiffers, f.since, strings.Join(lines[:min(len(lines), shownDifferences)], "\n    "))
+}
+
+// refused says whether a GET tells the client that there is no such file for it, which is what a manifest must agree with.
+func (c *client) refused(ctx context.Context, id string) bool {
+	a, err := c.ask(ctx, http.MethodGet, "/attachments/"+id, nil, nil)
+	if err != nil || a.status != http.StatusNotFound {
+		return false
+	}
+	c.w.count("files: withheld")
+	return true
 }

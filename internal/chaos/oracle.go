@@ -202,7 +202,7 @@ func (o *oracle) compareFiles(ctx context.Context, c *client) error {
 			return fmt.Errorf("%w: SELECT of %s: %w", errAway, t.name, err)
 		}
 	}
-	return c.files.compare(want, func(id string) bool { return stored[id] && own[id] })
+	return c.files.compare(want, func(id string) bool { return stored[id] && own[id] }, func(id string) bool { return !own[id] && c.refused(ctx, id) })
 }
 
 // edits counts the pushes that the table edits notes.

@@ -58,7 +58,7 @@ type World struct {
 }
 
 const (
-	settleLimit     = 60 * time.Second // where Settle's context has no deadline
+	worldLimit      = 60 * time.Second // where Settle's context has no deadline
 	shownViolations = 10
 )
 
@@ -183,7 +183,7 @@ func (w *World) lossCount() int {
 func (w *World) Settle(ctx context.Context) error {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, settleLimit)
+		ctx, cancel = context.WithTimeout(ctx, worldLimit)
 		defer cancel()
 	}
 	began := time.Now()
