@@ -39,14 +39,13 @@ func (l *ledger) own(d *ownDocument) {
 
 // edit is one pushed change.
 type edit struct {
-	client   *client
-	table    *table
-	change   *pushChange
-	token    string // what the application's table edits has if it was applied; empty: it doesn't count this one
-	sent     int
-	results  []pushResult
-	losses   []int // World.losses when each result came
-	verified bool
+	client  *client
+	table   *table
+	change  *pushChange
+	token   string // what the application's table edits has if it was applied; empty: it doesn't count this one
+	sent    int
+	results []pushResult
+	losses  []int // World.losses when each result came
 }
 
 // verdict says how often the change must have been applied: at least and at most.
