@@ -31,6 +31,7 @@ type Config struct {
 	Database    DatabaseConfig
 	Storage     StorageConfig
 	Replication ReplicationConfig
+	Redis       RedisConfig
 	Catalog     CatalogConfig
 	HTTP        HTTPConfig
 	Push        PushConfig
@@ -62,6 +63,11 @@ type StorageConfig struct {
 type ReplicationConfig struct {
 	Slot        string
 	Publication string
+}
+
+// RedisConfig is what instances tell each other through.
+type RedisConfig struct {
+	URL Secret // see changelog.RedisURLs; empty: none
 }
 
 // CatalogConfig says how often the source's catalog is compared with what was compiled.

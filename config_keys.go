@@ -69,6 +69,7 @@ func configKeys(c *Config) []key {
 		{path: "storage.pool_size", into: &c.Storage.PoolSize, min: 4, max: 1000},
 		{path: "replication.slot", into: &c.Replication.Slot, check: checkSlot},
 		{path: "replication.publication", into: &c.Replication.Publication, check: checkPublication},
+		{path: "redis.url", into: &c.Redis.URL, check: checkRedisURL},
 		{path: "catalog.poll_interval", into: &c.Catalog.PollInterval, min: int64(100 * time.Millisecond), max: 5 * second},
 		{path: "http.listen", into: &c.HTTP.Listen, check: checkListen},
 		{path: "http.public_url", into: &c.HTTP.PublicURL, check: checkPublicURL},

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"github.com/walgate/walgate/changelog"
 	"math"
 	"net"
 	"net/netip"
@@ -180,6 +181,16 @@ func splitList(text string) []string {
 		}
 	}
 	return list
+}
+
+func checkRedisURL(text string) string {
+	if text == "" {
+		return ""
+	}
+	if err := changelog.CheckRedisURL(text); err != nil {
+		return fmt.Sprintf("%s (%v)", changelog.RedisURLs, err)
+	}
+	return ""
 }
 
 func checkDSN(text string) string {

@@ -54,12 +54,21 @@ func serve(ctx context.Context, cfg *Config, logger *slog.Logger, ready chan<- s
 		return err
 	}
 	var stats replication.Stats
-	bus := changelog.NewMemoryBus()
+	bus, shared, err := p.openBus(ctx, cfg, logger)
+	if err != nil {
+		return err
+	}
+	if shared != nil {
+		defer p.redis.Close()
+	}
 	leader := replication.NewLeader(replication.Options{
 		Source: p.source, ReplicationURL: cfg.replicationURL(), Slot: cfg.Replication.Slot, Publications: p.publications,
 		ConfigRevision: cfg.Revision, MaxSlotLag: int64(cfg.Limits.MaxSlotLag), PushRetention: cfg.Push.IdempotencyRetention, Log: p.log, Bus: bus, Watcher: p.watcher, Stats: &stats, Logger: logger,
 	})
 	options := gatewayOptions(cfg, p, bus, auth, &stats, logger)
+	if shared != nil {
+		options.Collectors = append(options.Collectors, redisMetrics{p.redis, shared.Stats()})
+	}
 	var attachments *careLoop
 	if care := p.newCare(cfg, logger); care != nil {
 		attachments = &careLoop{care: care, logger: logger}
@@ -84,6 +93,9 @@ func serve(ctx context.Context, cfg *Config, logger *slog.Logger, ready chan<- s
 	})
 	g.Go(func() error { return leader.Run(working) })    // the slot: stream, appender, care
 	g.Go(func() error { return p.watcher.Run(working) }) // the source's catalog
+	if shared != nil {
+		g.Go(func() error { return shared.Run(working) }) // what instances tell each other
+	}
 	if attachments != nil {
 		g.Go(func() error { return attachments.run(serving) }) // files that no row needs; a round is cut off at any point
 	}
@@ -120,6 +132,7 @@ type parts struct {
 	blobs        *blobstore.Store   // nil: no collection has attachments
 	files        *blobstore.Records // the same
 	signingKey   []byte             // of download URLs
+	redis        *changelog.Redis   // nil: none is configured
 }
 
 // open connects to the source and compiles the policies against it. It reports everything that is wrong at once.
@@ -171,6 +184,22 @@ func (p *parts) close() {
 	}
 }
 
+// openBus makes the bus; shared is it too, where Redis carries it.
+func (p *parts) openBus(ctx context.Context, cfg *Config, logger *slog.Logger) (bus changelog.Bus, shared *changelog.RedisBus, err error) {
+	if cfg.Redis.URL == "" {
+		return changelog.NewMemoryBus(), nil, nil
+	}
+	name, err := schema.Installation(ctx, p.source)
+	if err != nil {
+		return nil, nil, err
+	}
+	if p.redis, err = changelog.OpenRedis(changelog.RedisOptions{URL: string(cfg.Redis.URL), Namespace: name, Logger: logger}); err != nil {
+		return nil, nil, fmt.Errorf("redis.url: %w", err)
+	}
+	shared = changelog.NewRedisBus(p.redis)
+	return shared, shared, nil
+}
+
 // install checks that the source is prepared, or prepares it where auto_init allows.
 func (p *parts) install(ctx context.Context, cfg *Config, logger *slog.Logger) error {
 	if len(cfg.Collections) == 0 {
@@ -220,7 +249,7 @@ func newAuthenticator(ctx context.Context, cfg *Config, logger *slog.Logger) (*g
 
 func gatewayOptions(cfg *Config, p *parts, bus changelog.Bus, auth *gateway.Authenticator, stats *replication.Stats, logger *slog.Logger) gateway.Options {
 	return gateway.Options{
-		Log: p.log, Bus: bus, Source: p.source, Types: p.watcher.Types(), Auth: auth, Logger: logger,
+		Log: p.log, Bus: bus, Redis: p.redis, Source: p.source, Types: p.watcher.Types(), Auth: auth, Logger: logger,
 		Policies:     p.policies,
 		SourceStatus: func() gateway.SourceStatus { return sourceStatus(stats, p.watcher) },
 		Fence:        func(ctx context.Context) (changelog.LSN, error) { return replication.Fence(ctx, p.source) },

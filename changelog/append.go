@@ -33,6 +33,7 @@ type Appender struct {
 	dog        *watchdog
 	bus        Bus
 	epoch      int64
+	claim      int64 // Head.Claim
 	history    string
 	version    Version // of the checkpoint, durable
 	logged     atomic.Uint64
@@ -128,10 +129,10 @@ func (a *Appender) Claim(ctx context.Context, c Claim) (*Claimed, error) {
 	if err != nil {
 		return nil, Explain(err)
 	}
-	a.epoch, a.history, a.version = claimed.Epoch, claimed.History, claimed.Version
+	a.epoch, a.claim, a.history, a.version = claimed.Epoch, claimed.Number, claimed.History, claimed.Version
 	a.logged.Store(uint64(claimed.LSN))
 	a.log.pool.Reset() // readers must not go on with connections to a server that held the log before
-	a.bus.Publish(&Batch{History: a.history, Prev: claimed.Version, Last: claimed.Version, LSN: claimed.LSN, Omitted: true})
+	a.bus.Publish(&Batch{Claim: a.claim, History: a.history, Prev: claimed.Version, Last: claimed.Version, LSN: claimed.LSN, Omitted: true})
 	return claimed, nil
 }
 
@@ -344,7 +345,7 @@ func (a *Appender) finish(ctx context.Context, start time.Time, last *Piece) err
 		return err
 	}
 	failpoint.Here(failpoint.Committed)
-	batch := &Batch{History: a.history, Prev: a.version, Last: version, LSN: last.LSN, Entries: a.entries, Omitted: a.omitted, Raises: a.raises, Pushes: pushes, Operations: a.operations}
+	batch := &Batch{Claim: a.claim, History: a.history, Prev: a.version, Last: version, LSN: last.LSN, Entries: a.entries, Omitted: a.omitted, Raises: a.raises, Pushes: pushes, Operations: a.operations}
 	done := Appended{Transactions: len(a.txs), Rows: a.batchRows, Version: version, LSN: last.LSN, Took: time.Since(start)}
 	a.version = version
 	a.open, a.entries, a.operations, a.raises, a.omitted, a.held, a.batchRows = false, nil, nil, nil, false, 0, 0

@@ -46,6 +46,7 @@ type Piece struct {
 
 // Batch is what one log transaction appended: what the bus announces.
 type Batch struct {
+	Claim   int64 // Head.Claim of the log that it is of
 	History string
 	Prev    Version // the version that this batch continues
 	Last    Version // the checkpoint's version after it

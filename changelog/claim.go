@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	mathrand "math/rand/v2"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -62,6 +63,7 @@ type ClaimedCollection struct {
 // Claimed is where a new leader starts.
 type Claimed struct {
 	Epoch       int64
+	Number      int64 // Head.Claim
 	History     string
 	NewHistory  string // why a new history began; empty: the old one goes on
 	Version     Version
@@ -142,7 +144,7 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 		}
 		out.NewHistory = broken(s, c, storage)
 	}
-	out.Epoch = s.epoch + 1
+	out.Epoch, out.Number = s.epoch+1, mathrand.Int64()
 	out.History, out.Version, out.LSN = s.history, s.version, s.lsn
 	floor := s.floor
 	if out.NewHistory != "" {
@@ -161,13 +163,13 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 			return err
 		}
 	}
-	_, err = tx.Exec(ctx, `INSERT INTO walgate.checkpoint (epoch, writer, history, version, floor, lsn, source_system, source_timeline, storage_system, storage_timeline, config_revision, server_started, noted)
-		VALUES ($1, $1, $2, $3, $4, '0/0'::pg_lsn + $5::numeric, $6, $7, $8, $9, $10, pg_postmaster_start_time(), $11)
+	_, err = tx.Exec(ctx, `INSERT INTO walgate.checkpoint (epoch, writer, history, version, floor, lsn, source_system, source_timeline, storage_system, storage_timeline, config_revision, server_started, noted, claim)
+		VALUES ($1, $1, $2, $3, $4, '0/0'::pg_lsn + $5::numeric, $6, $7, $8, $9, $10, pg_postmaster_start_time(), $11, $12)
 		ON CONFLICT (one) DO UPDATE SET epoch = excluded.epoch, writer = excluded.writer, history = excluded.history, version = excluded.version,
 			floor = excluded.floor, lsn = excluded.lsn, source_system = excluded.source_system, source_timeline = excluded.source_timeline,
 			storage_system = excluded.storage_system, storage_timeline = excluded.storage_timeline, config_revision = excluded.config_revision,
-			server_started = excluded.server_started, noted = excluded.noted`,
-		out.Epoch, out.History, int64(out.Version), int64(floor), lsnNumeric(out.LSN), c.Source.System, c.Source.Timeline, storage.System, storage.Timeline, c.ConfigRevision, c.Noted)
+			server_started = excluded.server_started, noted = excluded.noted, claim = excluded.claim`,
+		out.Epoch, out.History, int64(out.Version), int64(floor), lsnNumeric(out.LSN), c.Source.System, c.Source.Timeline, storage.System, storage.Timeline, c.ConfigRevision, c.Noted, out.Number)
 	return err
 }
 

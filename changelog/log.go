@@ -119,6 +119,7 @@ type Head struct {
 	History     string
 	Floor       Version
 	LSN         LSN
+	Claim       int64        // a random number of the leader that took the log over last
 	Collections []Collection // sorted by id
 	Gaps        []Version    // pairs, rising: no version between the two of a pair was ever issued
 }
@@ -144,7 +145,7 @@ func (h *Head) Collection(id int32) *Collection {
 }
 
 const (
-	headSQL = `SELECT version, history, floor, lsn - '0/0'::pg_lsn,
+	headSQL = `SELECT version, history, floor, lsn - '0/0'::pg_lsn, claim,
 		ARRAY(SELECT v FROM walgate.gaps, unnest(ARRAY[after_version, first_version]) v ORDER BY v) FROM walgate.checkpoint`
 	collectionsSQL = `SELECT id, name, fingerprint, shape, floor, floor_reason, stopped, refill FROM walgate.collections ORDER BY id`
 )
@@ -177,7 +178,7 @@ func (l *Log) Newest(ctx context.Context) (v Version, err error) {
 // queueHead queues the reading of the checkpoint and of the collections.
 func queueHead(b *pgx.Batch, h *Head) {
 	b.Queue(headSQL).QueryRow(func(r pgx.Row) error {
-		err := r.Scan(&h.Version, &h.History, &h.Floor, (*pgLSN)(&h.LSN), &h.Gaps)
+		err := r.Scan(&h.Version, &h.History, &h.Floor, (*pgLSN)(&h.LSN), &h.Claim, &h.Gaps)
 		if errors.Is(err, pgx.ErrNoRows) {
 			return ErrNotInitialised
 		}

@@ -10,9 +10,10 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/walgate/walgate/internal/pgserver"
+	"github.com/walgate/walgate/internal/redisserver"
 )
 
-func TestMain(m *testing.M) { os.Exit(pgserver.Main(m)) }
+func TestMain(m *testing.M) { os.Exit(pgserver.MainThen(m, redisserver.CloseShared)) }
 
 // newLog returns a migrated log in a database of its own, and that database's connection string.
 func newLog(t testing.TB) (*Log, string) {

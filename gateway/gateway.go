@@ -27,7 +27,8 @@ import (
 type Options struct {
 	Log          *changelog.Log
 	Bus          changelog.Bus
-	Source       *pgxpool.Pool // reads of the source's tables; see OpenSource
+	Redis        *changelog.Redis // what instances share; nil: none
+	Source       *pgxpool.Pool    // reads of the source's tables; see OpenSource
 	Types        *schema.Types
 	Policies     func() *policies.Set // the newest; never nil
 	SourceStatus func() SourceStatus  // of this instance's replication

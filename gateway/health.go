@@ -40,6 +40,11 @@ func (g *Gateway) readyz(c *fiber.Ctx) error {
 	if s.Waiting != "" {
 		degraded["append"] = s.Waiting
 	}
+	if g.o.Redis != nil {
+		if why, since := g.o.Redis.Down(); why != "" {
+			degraded["redis"] = "can't be used since " + since.UTC().Format(time.RFC3339) + ", so this instance learns of changes from the change log, a moment later: " + why
+		}
+	}
 	for name, why := range s.Impaired {
 		degraded["collection "+name] = why
 	}

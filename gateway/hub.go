@@ -84,7 +84,7 @@ func (h *hub) apply(ctx context.Context, b *changelog.Batch) bool {
 	held := h.holders(ctx, b.Operations)
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.head == nil || b.History != h.head.History {
+	if h.head == nil || b.History != h.head.History || b.Claim != h.head.Claim {
 		return false
 	}
 	h.seen.heard = max(h.seen.heard, b.Last)

@@ -381,3 +381,24 @@ func TestJoinAwaitsTheFirstHead(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestHubTakesNothingOfAnotherLog: an announcement that would continue where the hub stands, but that another leader made (one
+// before the present one, or that of a copy of the database whose instances use the same Redis), is not believed.
+func TestHubTakesNothingOfAnotherLog(t *testing.T) {
+	t.Parallel()
+	h, s := newTestHub(), newTestSub(1<<20, 1)
+	h.head.Claim = 7
+	h.join(s, 100)
+	b := testBatch(100, []int{1})
+	b.Claim = 8
+	if h.apply(t.Context(), b) {
+		t.Error("taken")
+	}
+	if got, _ := versions(t, s); len(got) > 0 || h.head.Version != 100 || h.seen.heard > 100 {
+		t.Errorf("a client got %v, the hub stands at %d and has heard of %d", got, h.head.Version, h.seen.heard)
+	}
+	b.Claim = 7
+	if !h.apply(t.Context(), b) {
+		t.Error("its own log's is not taken")
+	}
+}

@@ -2,7 +2,10 @@ package schema
 
 import (
 	"context"
+	"crypto/hmac"
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -20,4 +23,16 @@ func SigningKey(ctx context.Context, source *pgxpool.Pool) ([]byte, error) {
 		return nil, fmt.Errorf("read the signing key of download URLs from walgate.secrets: %w", err)
 	}
 	return key, nil
+}
+
+// Installation returns a name that all instances on this source share, and that nobody else can guess: 16 hex digits. It goes
+// with the source: a copy of the database has the same one.
+func Installation(ctx context.Context, source *pgxpool.Pool) (string, error) {
+	key, err := SigningKey(ctx, source)
+	if err != nil {
+		return "", err
+	}
+	mac := hmac.New(sha256.New, key)
+	mac.Write([]byte("installation"))
+	return hex.EncodeToString(mac.Sum(nil)[:8]), nil
 }

@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -35,8 +36,11 @@ var ErrNotFound = errors.New("redis-server was not found on this machine: instal
 type Options struct {
 	// Port is the TCP port on 127.0.0.1; 0 means a free one, kept over restarts.
 	Port int
-	// Settings are lines of redis.conf, such as "requirepass secret", over the ones that every server here has.
+	// Settings are lines of redis.conf, such as "requirepass secret", over the ones that every server here has;
+	// $PORT stands for the port.
 	Settings []string
+	// Sentinel runs it as a sentinel, whose settings name its masters.
+	Sentinel bool
 }
 
 // Server is a running, paused or killed private redis-server.
@@ -103,10 +107,13 @@ func freePort() (int, error) {
 func (s *Server) launch(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startLimit)
 	defer cancel()
-	args := []string{"--port", strconv.Itoa(s.port), "--bind", "127.0.0.1", "--dir", s.dir, "--save", "", "--appendonly", "no", "--daemonize", "no"}
-	for _, line := range s.options.Settings {
-		name, value, _ := strings.Cut(line, " ")
-		args = append(append(args, "--"+name), strings.Fields(value)...)
+	config, err := s.configure()
+	if err != nil {
+		return err
+	}
+	args := []string{config}
+	if s.options.Sentinel {
+		args = append(args, "--sentinel")
 	}
 	cmd := exec.Command(s.binary, args...)
 	var out strings.Builder
@@ -146,6 +153,17 @@ func (s *Server) launch(ctx context.Context) error {
 		case <-retry.C:
 		}
 	}
+}
+
+// configure writes the configuration anew: sentinels change theirs.
+func (s *Server) configure() (path string, err error) {
+	lines := []string{"port " + strconv.Itoa(s.port), "bind 127.0.0.1", "dir " + s.dir, "daemonize no"}
+	if !s.options.Sentinel {
+		lines = append(lines, `save ""`, "appendonly no")
+	}
+	path = filepath.Join(s.dir, "redis.conf")
+	text := strings.Join(append(lines, s.options.Settings...), "\n") + "\n"
+	return path, os.WriteFile(path, []byte(strings.ReplaceAll(text, "$PORT", strconv.Itoa(s.port))), 0o600)
 }
 
 // Addr is host:port.
