@@ -249,14 +249,18 @@ func collectionOf(f policies.Fault, specs map[string]policies.Spec) string {
 	return name
 }
 
-// planAttempts is how often Join plans anew because somebody else altered the publication meanwhile.
+// planAttempts is how often Join plans anew because somebody else altered the publication meanwhile, beside once for each
+// step: instances that start together on a new source do the same steps, and each may lose every race.
 const planAttempts = 3
 
 // Join brings publication and replica identities to what the set needs and returns what it did.
 func Join(ctx context.Context, conn *pgx.Conn, p schema.Publications, set *policies.Set, cat *schema.Catalog) (done []string, err error) {
-	for range planAttempts {
+	for attempt, attempts := 0, planAttempts; attempt < attempts; attempt++ {
 		var steps []schema.Step
 		steps, err = PlanFor(ctx, conn, p, set, cat)
+		if attempt == 0 {
+			attempts += len(steps)
+		}
 		for i := 0; i < len(steps) && err == nil; i++ {
 			failpoint.Here(failpoint.TableJoins)
 			if err = schema.Execute(ctx, conn, steps[i]); err == nil {
@@ -264,7 +268,7 @@ func Join(ctx context.Context, conn *pgx.Conn, p schema.Publications, set *polic
 			}
 		}
 		var pg *pgconn.PgError
-		if !errors.As(err, &pg) || pg.Code != "42710" && pg.Code != "42704" { // duplicate_object, undefined_object
+		if !errors.As(err, &pg) || pg.Code != "42710" && pg.Code != "42704" && pg.Code != "23505" { // duplicate_object, undefined_object; unique_violation, of the catalog, where both came at once
 			break
 		}
 	}
