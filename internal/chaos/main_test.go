@@ -14,13 +14,13 @@ import (
 // builtGatewayDir is removed by TestMain.
 var builtGatewayDir string
 
-// builtGateway builds the command once for all tests.
+// builtGateway builds the command once for all tests, with the points at which it can be told to die.
 var builtGateway = sync.OnceValues(func() (path string, err error) {
 	if builtGatewayDir, err = os.MkdirTemp("", "walgate-built-"); err != nil {
 		return "", err
 	}
 	path = filepath.Join(builtGatewayDir, "walgate")
-	build := exec.Command("go", "build", "-o", path, ".")
+	build := exec.Command("go", append(append([]string{"build"}, buildFlags...), "-o", path, ".")...)
 	build.Dir = filepath.Join("..", "..")
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("go build: %w\n%s", err, out)

@@ -84,7 +84,7 @@ func ForTest(t testing.TB) *Server {
 // startShared starts the shared server. It must outlive the test that happens to be first, hence WithoutCancel.
 func startShared(ctx context.Context) (*Server, error) {
 	ctx = context.WithoutCancel(ctx)
-	install, err := testInstall(ctx)
+	install, err := TestInstall(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -97,7 +97,7 @@ func StartForTest(t testing.TB, o Options) *Server {
 	t.Helper()
 	o.Fast = true
 	if o.Install.Bin == "" && o.Major == 0 {
-		install, err := testInstall(t.Context())
+		install, err := TestInstall(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -117,8 +117,8 @@ func StartForTest(t testing.TB, o Options) *Server {
 	return server
 }
 
-// testInstall chooses the binaries that the tests run on.
-func testInstall(ctx context.Context) (Install, error) {
+// TestInstall chooses the binaries that the tests run on, as ForTest says.
+func TestInstall(ctx context.Context) (Install, error) {
 	installs, err := Find(ctx)
 	if err != nil {
 		return Install{}, err

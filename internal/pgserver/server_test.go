@@ -175,7 +175,7 @@ func TestKeptDirectoryIsUsedAgain(t *testing.T) {
 
 func TestBadSettingFailsWithTheServersWords(t *testing.T) {
 	t.Parallel()
-	install, err := testInstall(t.Context())
+	install, err := TestInstall(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
