@@ -153,6 +153,9 @@ func (c *client) editShared(b *batch, t *table) {
 		}
 		ch.DocID = string(schema.AppendDocID(nil, key))
 	}
+	if c.w.ledger.isOwned(t.name, ch.DocID) {
+		return
+	}
 	doc, holds := c.documents[t.name][ch.DocID]
 	ch.Operation = string(policies.PushUpdate)
 	switch n := c.rng.IntN(20); {

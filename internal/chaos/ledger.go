@@ -13,10 +13,11 @@ type ledger struct {
 	mu    sync.Mutex
 	edits []*edit
 	owned []*ownDocument
+	names map[string]bool // of all that ever were owned, by collection and document
 	empty map[*table]bool // somebody tried to TRUNCATE it since the last Settle
 }
 
-func newLedger() *ledger { return &ledger{empty: map[*table]bool{}} }
+func newLedger() *ledger { return &ledger{empty: map[*table]bool{}, names: map[string]bool{}} }
 
 // emptied notes an attempt to TRUNCATE; when it takes effect, if it does, nobody knows.
 func (l *ledger) emptied(t *table) {
@@ -34,7 +35,14 @@ func (l *ledger) add(e *edit) {
 func (l *ledger) own(d *ownDocument) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.owned = append(l.owned, d)
+	l.owned, l.names[d.table.name+" "+d.id] = append(l.owned, d), true
+}
+
+// isOwned says whether a document is one client's alone, so that the subject's other devices keep off it.
+func (l *ledger) isOwned(collection, id string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.names[collection+" "+id]
 }
 
 // edit is one pushed change.

@@ -8,10 +8,13 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -116,25 +119,77 @@ func testApplication(t *testing.T) (dsn string) {
 	return dsn
 }
 
-// TestWorldWithoutFaults runs the built-in world against one gateway to which nothing happens.
+// TestWorldWithoutFaults runs the built-in world against one gateway to which nothing happens. What it settles on is then
+// damaged in each way that only the tables can tell, which must be noticed.
 func TestWorldWithoutFaults(t *testing.T) {
 	t.Parallel()
 	dsn := testApplication(t)
 	w := testWorld(t, dsn, startGateway(t, dsn), 1)
+	settle := func(limit time.Duration) error {
+		ctx, cancel := context.WithTimeout(t.Context(), limit)
+		defer cancel()
+		return w.Settle(ctx)
+	}
+	const well = 20 * time.Second
 	for range 2 {
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 1500*time.Millisecond)
 		w.Run(ctx)
 		cancel()
 		began := time.Now()
-		settling, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-		err := w.Settle(settling)
-		cancel()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, settle(well))
 		t.Logf("settled in %s", time.Since(began).Round(time.Millisecond))
 	}
 	counts, err := json.MarshalIndent(w.Counts(), "", " ")
 	must(t, err)
 	t.Logf("%s", counts)
+	for _, name := range []string{"application: commits", "clients: streams", "clients: pages", "pushes: accepted", "pushes: promises", "files: manifests", "ledger: documents of one client"} {
+		if w.Counts()[name] == 0 {
+			t.Errorf("%s: 0: the run shows nothing", name)
+		}
+	}
+	noticed := func(what, want string, limit time.Duration) {
+		t.Helper()
+		switch err := settle(limit); {
+		case err == nil:
+			t.Errorf("%s isn't noticed", what)
+		case !strings.Contains(err.Error(), want):
+			t.Errorf("%s: the error doesn't say %q:\n%v", what, want, err)
+		}
+	}
+	const soon = 1500 * time.Millisecond
+
+	c := w.clients[0]
+	goods := c.documents["goods"]
+	id := slices.Sorted(maps.Keys(goods))[0]
+	doc := goods[id]
+	delete(goods, id)
+	noticed("a lost document", "goods/"+id+" is missing", soon)
+	goods[id] = rawJSON(strings.Replace(string(doc), "{", "{ ", 1))
+	noticed("a document that differs by one space", "goods/"+id+" differs", soon)
+	goods[id] = doc
+	goods["-1"] = doc
+	noticed("a document too many", "goods/-1 should not be there", soon)
+	delete(goods, "-1")
+	c.files.kept["nobodys.jpg"] = "00"
+	noticed("a file too many", "nobodys.jpg is kept", soon)
+	delete(c.files.kept, "nobodys.jpg")
+	must(t, settle(well))
+
+	conn, err := pgx.Connect(t.Context(), dsn)
+	must(t, err)
+	defer conn.Close(t.Context())
+	prices := w.table("prices")
+	key := fmt.Sprint(2_000_000_000)
+	d := &ownDocument{client: c, table: prices, key: []string{key}, id: key, there: true, values: map[string]rawJSON{}}
+	w.ledger.own(d)
+	noticed("a push that is lost", "it is not there", well)
+	_, err = conn.Exec(t.Context(), `INSERT INTO prices (id, org, big) VALUES (2000000000, 1, 7)`)
+	must(t, err)
+	d = &ownDocument{client: c, table: prices, key: []string{key}, id: key, there: true, values: map[string]rawJSON{"big": rawJSON(`"8"`)}}
+	w.ledger.own(d)
+	noticed("a push whose value is lost", "big is 7, and should be", well)
+	d = &ownDocument{client: c, table: prices, key: []string{key}, id: key, values: map[string]rawJSON{}}
+	w.ledger.own(d)
+	noticed("a deletion that is lost", "it is there", well)
+	must(t, settle(well))
 }
