@@ -163,7 +163,7 @@ func explainRedis(err error) string {
 	text := err.Error()
 	switch {
 	case strings.HasPrefix(text, "NOPERM"):
-		return "its ACL doesn't allow what walgate needs: the user of redis.url wants ~walgate:* &walgate:* +publish +subscribe +unsubscribe +spublish +ssubscribe +sunsubscribe +ping +evalsha +eval (" + text + ")"
+		return "its ACL doesn't allow what walgate needs: the user of redis.url wants ~walgate:* &walgate:* +publish +subscribe +unsubscribe +spublish +ssubscribe +sunsubscribe +ping +evalsha +eval +time +get +set (" + text + ")"
 	case strings.HasPrefix(text, "NOAUTH"), strings.HasPrefix(text, "WRONGPASS"):
 		return "it refuses the user or password of redis.url (" + text + ")"
 	}

@@ -99,6 +99,7 @@ type Gateway struct {
 	hub      *hub
 	memory   *budget
 	limiter  *rateLimiter
+	fleet    *fleetRate // nil: there is no Redis
 	metrics  *metrics
 	app      *fiber.App
 	fulls    *semaphore.Weighted
@@ -151,6 +152,9 @@ func New(o Options) *Gateway {
 		limiter: newRateLimiter(o.RequestsPerSecond, o.Burst, maxRateSubjects, time.Now)}
 	g.serving, g.stop = context.WithCancel(context.Background())
 	g.working, g.cut = context.WithCancel(context.Background())
+	if o.Redis != nil {
+		g.fleet = newFleetRate(o.Redis, o.RequestsPerSecond, o.Burst, o.Logger)
+	}
 	g.memory = newBudget(o.SendMemory)
 	g.hub = newHub(o.Log, o.Bus, o.Logger, g.memory, g.policyFailed)
 	g.hub.url = func(o *changelog.Operation) []byte {

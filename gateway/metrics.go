@@ -23,6 +23,7 @@ type metrics struct {
 	streams     prometheus.Gauge
 	slow        prometheus.Counter
 	stuck       prometheus.Counter
+	limited     *prometheus.CounterVec // by whose bucket was empty
 
 	pushing      prometheus.Gauge
 	pushed       *prometheus.CounterVec // by status of the answer
@@ -60,6 +61,8 @@ func newMetrics(g *Gateway) *metrics {
 	m.resyncs = counter("walgate_resync_required_total", "Pulls and streams that were told to resynchronise in full.")
 	m.slow = counter("walgate_stream_catch_up_total", "Times a stream left the live path to read the log: at its start, or because its queue was full.")
 	m.stuck = counter("walgate_stream_stuck_total", "Streams closed because a write to the client timed out.")
+	m.limited = newLimited()
+	r.MustRegister(m.limited)
 	m.registerPushes()
 	m.registerAttachments()
 	m.registerManifests()
@@ -98,10 +101,18 @@ func newMetrics(g *Gateway) *metrics {
 	total("walgate_transactions_total", "Source transactions logged by this instance.", status(func(s SourceStatus) float64 { return float64(s.Transactions) }))
 	total("walgate_changes_total", "Changes logged by this instance, one for each scope that they touch.", status(func(s SourceStatus) float64 { return float64(s.Rows) }))
 	total("walgate_reconnects_total", "Times replication stopped and was tried again.", status(func(s SourceStatus) float64 { return float64(s.Reconnects) }))
+	if g.fleet != nil {
+		total("walgate_rate_alone_total", "Requests that this instance alone held to their subject's rate, because Redis did not answer.", func() float64 { return float64(g.fleet.alone.Load()) })
+	}
 	total("walgate_policy_errors_total", "Rows that nobody sees because their policy failed.", func() float64 {
 		return float64(g.o.SourceStatus().PolicyErrors + g.policyN.Load())
 	})
 	return m
+}
+
+func newLimited() *prometheus.CounterVec {
+	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "walgate_rate_limited_total",
+		Help: "Requests and streams refused because their subject makes too many: by what this instance counts, or by what all of the fleet count in Redis."}, []string{"by"})
 }
 
 // since returns the seconds since t, 0 for the zero time; never negative, for the clocks of two machines differ.

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"container/list"
+	"context"
 	"sync"
 	"time"
 )
@@ -58,12 +59,29 @@ func (l *rateLimiter) allow(subject string) (retryAfter time.Duration, ok bool) 
 	return 0, true
 }
 
-// check is allow as a problem, nil where the request may go on.
-func (l *rateLimiter) check(subject string) error {
-	retryAfter, ok := l.allow(subject)
+// giveBack puts a token back that was of no use.
+func (l *rateLimiter) giveBack(subject string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	b := l.bucketLocked(subject)
+	b.fullAt = b.fullAt.Add(-l.interval)
+}
+
+// admit says whether a subject may make one more request, as a problem where it may not. This instance's own bucket comes first:
+// whatever becomes of Redis, no instance lets through more than the limit.
+func (g *Gateway) admit(ctx context.Context, subject string) error {
+	retryAfter, ok := g.limiter.allow(subject)
+	by := "instance"
+	if ok && g.fleet != nil {
+		if retryAfter, ok = g.fleet.allow(ctx, subject); !ok {
+			g.limiter.giveBack(subject)
+			by = "fleet"
+		}
+	}
 	if ok {
 		return nil
 	}
+	g.metrics.limited.WithLabelValues(by).Inc()
 	return &Problem{Code: RateLimited, RetryAfter: retryAfter}
 }
 

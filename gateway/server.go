@@ -88,7 +88,7 @@ func (g *Gateway) authenticate(c *fiber.Ctx) error {
 	if err != nil {
 		return err
 	}
-	if err := g.limiter.check(id.Subject); err != nil {
+	if err := g.admit(ctx, id.Subject); err != nil {
 		return err
 	}
 	c.Locals(identityKey{}, id)

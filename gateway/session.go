@@ -128,7 +128,7 @@ func (s *session) begin(ctx context.Context, token string) error {
 		return err
 	}
 	s.keep(id)
-	if err := s.g.limiter.check(s.identity.Subject); err != nil {
+	if err := s.g.admit(ctx, s.identity.Subject); err != nil {
 		return err
 	}
 	if s.since, err = parseSince(f.Since); err != nil {
