@@ -146,7 +146,7 @@ func TestWriteProblem(t *testing.T) {
 		{name: "fiber 500", err: fiber.NewError(502, secret), status: 500, code: Internal, logged: true},
 		{name: "upgrade", err: fiber.ErrUpgradeRequired, status: 426, code: UpgradeRequired, header: map[string]string{"Upgrade": "websocket"}},
 		{name: "deadline", err: fmt.Errorf("%s: %w", secret, context.DeadlineExceeded), status: 503, code: AnswerTimeout, logged: true},
-		{name: "stopping", err: &Problem{Code: ShuttingDown}, status: 503, code: ShuttingDown, header: map[string]string{"Connection": "close"}, logged: true},
+		{name: "stopping", err: &Problem{Code: ShuttingDown}, status: 503, code: ShuttingDown, logged: true},
 		{name: "rate", err: &Problem{Code: RateLimited, RetryAfter: 1100 * time.Millisecond}, status: 429, code: RateLimited, header: map[string]string{"Retry-After": "2"}},
 		{name: "token", err: NewProblem(TokenExpired, ""), status: 401, code: TokenExpired, header: map[string]string{"Www-Authenticate": `Bearer error="invalid_token"`}},
 		{name: "stream only", err: NewProblem(BinaryFrame, secret), status: 500, code: Internal, logged: true},
@@ -181,6 +181,9 @@ func TestWriteProblem(t *testing.T) {
 				if got := response.Header.Get(name); got != want {
 					t.Errorf("%s: got %q, want %q", name, got, want)
 				}
+			}
+			if response.Close != (test.code == ShuttingDown) {
+				t.Errorf("the connection is closed: %t", response.Close)
 			}
 			if logged := log.Len() > 0; logged != test.logged {
 				t.Errorf("logged: %q", log.String())
