@@ -41,7 +41,7 @@ func newCommand() *cobra.Command {
 		}
 		return cfg, err
 	}
-	root.AddCommand(serveCommand(load), initCommand(load), uninstallCommand(load), attachmentsCommand(load), tokenCommand(load),
+	root.AddCommand(serveCommand(load), initCommand(load), uninstallCommand(load), statusCommand(load), attachmentsCommand(load), tokenCommand(load),
 		&cobra.Command{Use: "version", Short: "Print the version", Args: cobra.NoArgs, Run: func(c *cobra.Command, _ []string) {
 			fmt.Fprintln(c.OutOrStdout(), version)
 		}},

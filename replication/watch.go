@@ -73,6 +73,12 @@ func (w *Watcher) Start(ctx context.Context) ([]policies.Fault, error) {
 	return nil, nil
 }
 
+// Look loads the catalog for somebody who only wants to see: in place of Start, for what doesn't compile ends nothing.
+func (w *Watcher) Look(ctx context.Context) error {
+	_, err := w.refresh(ctx)
+	return err
+}
+
 // Current returns the newest definitions; nil before Start.
 func (w *Watcher) Current() *Definitions { return w.current.Load() }
 
@@ -307,7 +313,9 @@ func (w *Watcher) compileWhat(cat *schema.Catalog, arrives func(*policies.Set) [
 			faults, remedy = arrives(set), "run walgate init"
 		}
 		if len(faults) == 0 {
-			set.NameAs(w.whole)
+			if w.whole != nil {
+				set.NameAs(w.whole)
+			}
 			return set, stopped
 		}
 		var names []string
