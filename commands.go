@@ -45,7 +45,7 @@ func newCommand() *cobra.Command {
 		&cobra.Command{Use: "version", Short: "Print the version", Args: cobra.NoArgs, Run: func(c *cobra.Command, _ []string) {
 			fmt.Fprintln(c.OutOrStdout(), version)
 		}},
-		newDemoCommand(demoServing, demoSigning))
+		newDemoCommand(demoServing, demoSigning), chaosCommand(&path))
 	all := append(root.Commands(), root)
 	for _, c := range root.Commands() {
 		all = append(all, c.Commands()...)

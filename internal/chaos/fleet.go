@@ -9,14 +9,10 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/walgate/walgate/internal/badlink"
 	"github.com/walgate/walgate/internal/pgserver"
@@ -342,48 +338,4 @@ func telling(path string, most int) string {
 		}
 	}
 	return string(lines[max(0, len(lines)-most):])
-}
-
-var missingRole = regexp.MustCompile(`^role "(.*)" does not exist$`)
-
-// loadSchema makes the application's tables. Roles that the SQL names and a dump of one database doesn't make are made.
-func loadSchema(ctx context.Context, dsn, sql string) error {
-	conn, err := pgx.Connect(ctx, dsn)
-	if err != nil {
-		return err
-	}
-	defer conn.Close(context.WithoutCancel(ctx))
-	var plain strings.Builder
-	for line := range strings.Lines(sql) {
-		if !strings.HasPrefix(line, `\`) { // psql's own, such as \restrict
-			plain.WriteString(line)
-		}
-	}
-	for range 100 {
-		_, err = conn.PgConn().Exec(ctx, plain.String()).ReadAll()
-		var pg *pgconn.PgError
-		if !errors.As(err, &pg) {
-			break
-		}
-		named := missingRole.FindStringSubmatch(pg.Message)
-		if named == nil {
-			return fmt.Errorf("load the schema: %s: %w", place(plain.String(), int(pg.Position)), err)
-		}
-		if _, err := conn.Exec(ctx, "CREATE ROLE "+pgx.Identifier{named[1]}.Sanitize()); err != nil {
-			return fmt.Errorf("load the schema: %w", err)
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("load the schema: %w", err)
-	}
-	return nil
-}
-
-// place says where in the text PostgreSQL found a fault.
-func place(text string, position int) string {
-	before := []rune(text)
-	if position < 1 || position > len(before) {
-		return "at a statement as a whole"
-	}
-	return fmt.Sprintf("line %d", 1+strings.Count(string(before[:position-1]), "\n"))
 }
