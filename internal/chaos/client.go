@@ -60,8 +60,8 @@ type client struct {
 }
 
 const (
-	trailLength = 30
-	patience    = 4 * time.Second // with an answer, most of the time
+	trailLength = 40
+	patience    = 4 * time.Second // with an answer, once writes have stopped; less before, for a round is short
 )
 
 func newClient(w *World, n int, rng *rand.Rand) (*client, error) {
@@ -153,9 +153,9 @@ func (c *client) violation(rule, format string, args ...any) {
 
 // run does this and that until ctx ends.
 func (c *client) run(ctx context.Context) {
-	for ; ctx.Err() == nil; pause(ctx, upTo(c.rng, 40*time.Millisecond)) {
+	for ; ctx.Err() == nil; pause(ctx, upTo(c.rng, 20*time.Millisecond)) {
 		var err error
-		switch n := c.rng.IntN(20); {
+		switch n := c.rng.IntN(24); {
 		case c.cursor == "" || len(c.lost) > 0:
 			err = c.resync(ctx)
 		case n == 0 && c.rng.IntN(4) == 0:
@@ -164,12 +164,12 @@ func (c *client) run(ctx context.Context) {
 		case n < 6:
 			err = c.pullOn(ctx)
 		case n < 9:
-			watching, cancel := context.WithTimeout(ctx, 50*time.Millisecond+upTo(c.rng, 1200*time.Millisecond))
+			watching, cancel := context.WithTimeout(ctx, 50*time.Millisecond+upTo(c.rng, 800*time.Millisecond))
 			err = c.follow(watching, false)
 			cancel()
 		case n == 9:
 			pause(ctx, upTo(c.rng, 300*time.Millisecond))
-		case n < 16:
+		case n < 20:
 			err = c.write(ctx)
 		default:
 			err = c.keepFiles(ctx)
@@ -206,8 +206,12 @@ func (c *client) ask(ctx context.Context, method, path string, query url.Values,
 // open makes a request whose answer's body the caller reads. Answers that say to come again are errAway.
 func (c *client) open(ctx context.Context, method, path string, query url.Values, body []byte, header ...string) (*http.Response, context.CancelFunc, error) {
 	limit := patience
-	if !c.calm && c.rng.IntN(10) == 0 { // it doesn't wait for the answer
+	switch {
+	case c.calm:
+	case c.rng.IntN(10) == 0: // it doesn't wait for the answer
 		limit = time.Millisecond + upTo(c.rng, 60*time.Millisecond)
+	case c.rng.IntN(3) > 0:
+		limit = patience/20 + upTo(c.rng, patience/4)
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	address := path
@@ -341,6 +345,11 @@ func (c *client) put(collection, id string, doc rawJSON) {
 
 // store applies a unit together with its position.
 func (c *client) store(u *unit) {
+	c.take(u)
+	c.keepPromises()
+}
+
+func (c *client) take(u *unit) {
 	c.history.apply(u)
 	for i := range u.changes {
 		ch := &u.changes[i]
@@ -352,7 +361,6 @@ func (c *client) store(u *unit) {
 	}
 	c.cursor = u.last
 	c.w.add("clients: changes", len(u.changes))
-	c.keepPromises()
 }
 
 // keepPromises holds the present position against what pushes were answered.

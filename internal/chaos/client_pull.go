@@ -129,7 +129,7 @@ func (c *client) resync(ctx context.Context) error {
 		}
 	}
 	if rest != nil {
-		c.store(rest)
+		c.take(rest)
 	}
 	for _, name := range whole {
 		c.documents[name] = f.documents[name]

@@ -379,6 +379,7 @@ func (c *client) send(ctx context.Context, b *batch, again bool) error {
 	for _, e := range b.edits {
 		e.sent++
 	}
+	losses := c.w.lossCount() // before: what was committed and lost may be answered after
 	a, err := c.ask(ctx, http.MethodPost, "/sync/push", nil, body, "Content-Type", "application/json")
 	if err != nil {
 		c.w.count("pushes: without an answer")
@@ -391,7 +392,6 @@ func (c *client) send(ctx context.Context, b *batch, again bool) error {
 	if a.status != http.StatusOK || json.Unmarshal(a.body, &answer) != nil || len(answer.Results) != len(b.changes) {
 		return c.wrong(fmt.Sprintf("push of %d changes: %.1500s", len(b.changes), body), a)
 	}
-	losses := c.w.lossCount()
 	for i, r := range answer.Results {
 		e := b.edits[i]
 		c.w.count("pushes: " + r.String())
@@ -409,6 +409,9 @@ func (c *client) send(ctx context.Context, b *batch, again bool) error {
 		b.own.took(b.changes[0], answer.Results[0], b.edits[0].sent != len(b.edits[0].results), losses)
 	}
 	c.edits.queue = slices.DeleteFunc(c.edits.queue, func(o *batch) bool { return o == b })
+	if b.own != nil && answer.Results[0].Status == "rejected" {
+		return nil // sent again it would be judged anew
+	}
 	const keep = 5
 	c.edits.old = append(c.edits.old, b)
 	c.edits.old = c.edits.old[max(0, len(c.edits.old)-keep):]

@@ -56,7 +56,9 @@ func (c *client) follow(ctx context.Context, untilReady bool) error {
 	for {
 		if c.slow && !c.calm && c.rng.IntN(40) == 0 {
 			c.w.count("clients: slow or dead readers")
-			pause(ctx, upTo(c.rng, 600*time.Millisecond))
+			if pause(ctx, upTo(c.rng, 600*time.Millisecond)); c.rng.IntN(4) == 0 {
+				<-ctx.Done() // it reads nothing any more, and its connection stays
+			}
 		}
 		if untilReady { // silence of a dead connection
 			_ = conn.SetReadDeadline(time.Now().Add(patience))
