@@ -50,6 +50,7 @@ type client struct {
 	history   *history
 	promises  []wants
 	slow      bool // it reads slowly, and at times not at all
+	keepless  bool // it keeps no position, but opens sessions
 	calm      bool // writes have stopped: no more adventures
 
 	edits pushes
@@ -66,7 +67,7 @@ const (
 
 func newClient(w *World, n int, rng *rand.Rand) (*client, error) {
 	c := &client{w: w, n: n, rng: rng, subject: w.subjects[n%len(w.subjects)], device: fmt.Sprintf("chaos-%x-%d", w.o.Seed, n), documents: map[string]map[string]rawJSON{},
-		http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4, IdleConnTimeout: 5 * time.Second}}, slow: n%4 == 3}
+		http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4, IdleConnTimeout: 5 * time.Second}}, slow: n%4 == 3, keepless: n%6 == 5}
 	c.files.kept = map[string]string{}
 	c.history = newHistory(c.device, c.mine, func(rule, text string) { c.violation(rule, "%s", text) })
 	return c, c.claim()
@@ -156,7 +157,9 @@ func (c *client) run(ctx context.Context) {
 	for ; ctx.Err() == nil; pause(ctx, upTo(c.rng, 20*time.Millisecond)) {
 		var err error
 		switch n := c.rng.IntN(24); {
-		case c.cursor == "" || len(c.lost) > 0:
+		case c.keepless && n < 9:
+			err = c.session(ctx)
+		case !c.keepless && (c.cursor == "" || len(c.lost) > 0):
 			err = c.resync(ctx)
 		case n == 0 && c.rng.IntN(4) == 0:
 			c.lost = slices.Clone(c.names) // it lost its storage

@@ -87,7 +87,7 @@ type batch struct {
 
 // write edits something, or sends what was edited, in any order.
 func (c *client) write(ctx context.Context) error {
-	if c.cursor == "" || c.settles > c.cursor {
+	if !c.keepless && (c.cursor == "" || c.settles > c.cursor) {
 		return nil // what it holds is newer than its position
 	}
 	if len(c.edits.queue) < 6 && c.rng.IntN(2) == 0 {
@@ -185,7 +185,9 @@ func (c *client) editShared(b *batch, t *table) {
 				}
 			}
 		case 1:
-			ch.ParentVersion = versionOf(c.cursor)
+			if !c.keepless {
+				ch.ParentVersion = versionOf(c.cursor)
+			}
 		}
 	}
 	c.addChange(b, t, ch)
@@ -433,7 +435,7 @@ func (c *client) promise(b *batch, i int, r pushResult, visible *string, losses 
 			return
 		}
 	}
-	if visible == nil || r.NewVersion == nil || r.Status == "rejected" || !slices.Contains(c.names, t.name) || t.policy.HasGuard() {
+	if visible == nil || r.NewVersion == nil || r.Status == "rejected" || !slices.Contains(c.names, t.name) || t.policy.HasGuard() || c.keepless {
 		return
 	}
 	w := wants{visible: *visible, change: ch.ChangeID, doc: promised{collection: t.name, id: ch.DocID, version: *r.NewVersion}, lost: losses}

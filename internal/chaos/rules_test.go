@@ -188,6 +188,8 @@ func TestEachRuleIsNoticed(t *testing.T) {
 	}
 	files := func(t *testing.T, c *client) { _ = c.syncFiles(t.Context()) }
 	full := func(t *testing.T, c *client) { c.cursor = ""; _ = c.resync(t.Context()) }
+	sessions := func(t *testing.T, c *client) { _ = c.session(t.Context()) }
+	opened := body(fmt.Sprintf(`{"sync_uuid":"1","last_sync":%q,"max_checkin":%q}`, at(5), at(8)))
 	download := func(digest string) string {
 		return fmt.Sprintf(`{"current_version":3,"operations":[{"operation":"download","attachment_id":"f1.jpg","version":3,"sha256":%q}]}`, digest)
 	}
@@ -242,6 +244,8 @@ func TestEachRuleIsNoticed(t *testing.T) {
 		{rule: "an attachment is once in a manifest", breaks: files, answers: []scripted{body(`{"current_version":9,"operations":[{"operation":"delete","attachment_id":"a","version":6},{"operation":"delete","attachment_id":"a","version":7}]}`)}, sound: files, soundAnswers: []scripted{body(`{"current_version":9}`)}},
 		{rule: "a manifest's position doesn't go back", breaks: files, answers: []scripted{body(`{"current_version":3,"operations":[{"operation":"delete","attachment_id":"a","version":6}]}`)}, sound: files, soundAnswers: []scripted{body(`{"current_version":9}`)}},
 		{rule: "answers are those of the documentation", breaks: files, answers: []scripted{body(`{"full_resync_required":true,"reason":"too_old"}`)}, sound: files, soundAnswers: []scripted{body(`{"current_version":9}`)}},
+		{rule: "a session keeps to its window", breaks: sessions, answers: []scripted{opened, pageOf(9, false, false, entry("a", 9, 9)), body(`{}`)}, sound: sessions, soundAnswers: []scripted{opened, pageOf(8, false, false, entry("a", 8, 8)), body(`{}`)}},
+		{rule: "nobody is shown a row that isn't theirs", breaks: sessions, answers: []scripted{opened, pageOf(8, false, false, strings.Replace(entry("a", 8, 8), "u0", "u1", 1)), body(`{}`)}, sound: sessions, soundAnswers: []scripted{opened, {status: 404, body: `{"code":"unknown_session"}`}}},
 		{rule: "a download is what was uploaded", breaks: files, answers: []scripted{body(download("00")), body("other bytes")}, sound: files, soundAnswers: []scripted{body(download(digestOf("f1.jpg"))), body(string(fileBytes("f1.jpg")))}},
 	}
 	for i, r := range cases {

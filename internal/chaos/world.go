@@ -128,7 +128,7 @@ func (w *World) Run(ctx context.Context) {
 	}
 	for _, c := range w.clients {
 		c.calm = false
-		if c.n > 0 && w.rounds > 1 && c.rng.IntN(12) == 0 {
+		if c.n > 0 && !c.keepless && w.rounds > 1 && c.rng.IntN(12) == 0 {
 			c.renew()
 		}
 		all.Go(func() { c.run(ctx) })
@@ -231,9 +231,12 @@ func (w *World) settle(ctx context.Context, c *client, began time.Time) {
 	last := errors.New("it was never up to date")
 	for wait := 20 * time.Millisecond; ; wait = min(2*wait, 250*time.Millisecond) {
 		err := func() (err error) {
-			if c.cursor != "" && len(c.lost) == 0 && len(c.names) > 0 && c.rng.IntN(2) == 0 {
+			switch {
+			case c.keepless:
+				err = c.session(ctx)
+			case c.cursor != "" && len(c.lost) == 0 && len(c.names) > 0 && c.rng.IntN(2) == 0:
 				err = c.follow(ctx, true)
-			} else {
+			default:
 				err = c.catchUp(ctx)
 			}
 			if err == nil && len(w.uploads) > 0 {
