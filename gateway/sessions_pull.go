@@ -113,7 +113,7 @@ func (r *sessionReader) first(ctx context.Context) ([]byte, error) {
 	if len(r.feed.collections) == 0 { // there is nothing that it could be told to read
 		return appendPage(r.feed, &changelog.Page{Last: r.session.checkin.Version}, nil, r.end().String()), nil
 	}
-	return r.resync(&resync{Collections: r.feed.names(), Reason: reasonFirst}), nil
+	return r.resync(reasonFirst), nil
 }
 
 // end is max_checkin as a position of the caller.
@@ -130,10 +130,12 @@ type sessionReader struct {
 	limit   int
 }
 
-func (r *sessionReader) resync(rs *resync) []byte {
+// resync names all collections of the pull, whichever can't go on: the device goes on from the position of its full resync,
+// and what the others had below that it would never be told.
+func (r *sessionReader) resync(reason string) []byte {
 	r.g.metrics.resyncs.Inc()
-	names, _ := json.Marshal(rs.Collections) // strings
-	return fmt.Appendf(nil, `{"full_resync_required":true,"collections":%s,"reason":%q}`, names, rs.Reason)
+	names, _ := json.Marshal(r.feed.names()) // strings
+	return fmt.Appendf(nil, `{"full_resync_required":true,"collections":%s,"reason":%q}`, names, reason)
 }
 
 // window reads on up to max_checkin.
@@ -225,7 +227,7 @@ func (r *sessionReader) refused(rs *resync, room *lease) []byte {
 	if rs == nil {
 		return nil
 	}
-	return r.resync(rs)
+	return r.resync(rs.Reason)
 }
 
 // newestOwn returns the newest version that the device's pushes hold. Everything that was committed before counts.

@@ -441,12 +441,12 @@ func TestSessionRefused(t *testing.T) {
 			_, since = e.pullWindow(t, a, s, "")
 		}
 		moved := tokenFor(t, "a", map[string]any{"teams": []int{1}})
-		if p := e.pullSession(t, moved, s, since); !p.Resync || p.Reason != reasonScopes || strings.Join(p.Collections, ",") != "notes,todos" {
+		if p := e.pullSession(t, moved, s, since); !p.Resync || p.Reason != reasonScopes || strings.Join(p.Collections, ",") != "news,notes,todos" {
 			t.Errorf("%s, scopes changed: %+v", step, p)
 		}
 		e.exec(t, `TRUNCATE news`)
 		e.sync(t)
-		if p := e.pullSession(t, a, s, since); !p.Resync || p.Reason != reasonTooOld || strings.Join(p.Collections, ",") != "news" {
+		if p := e.pullSession(t, a, s, since); !p.Resync || p.Reason != reasonTooOld || strings.Join(p.Collections, ",") != "news,notes,todos" {
 			t.Errorf("%s, truncated: %+v", step, p)
 		}
 		if p := e.pullSession(t, a, s, since, "collections", "todos"); p.Resync {
