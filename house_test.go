@@ -28,7 +28,7 @@ var fences = map[string]struct{ ours, libraries []string }{
 	"internal/migrate":     {},
 	"internal/pgserver":    {},
 	"internal/redisserver": {},
-	"bench":                {ours: []string{"changelog", "gateway", "internal/pgserver", "policies", "replication", "schema"}},
+	"bench":                {ours: []string{"changelog", "gateway", "internal/pgserver", "internal/redisserver", "policies", "replication", "schema"}},
 }
 
 // demoFiles of package main drive a WebSocket as a client does.

@@ -21,20 +21,7 @@ func runDrain(ctx context.Context, b *bench) ([]result, error) {
 // runUpdates makes the transactions within the server, which is the fastest way to get so many small ones.
 func runUpdates(ctx context.Context, b *bench) ([]result, error) {
 	n := b.of(200_000)
-	return drain(ctx, b, n, result{name: "one-row transactions logged", wanted: 50_000}, func(d *database) error {
-		if err := d.load(ctx, 1, n, owners); err != nil {
-			return err
-		}
-		if err := d.skip(ctx); err != nil {
-			return err
-		}
-		for _, statement := range []string{"SET synchronous_commit = off", updateEach, "RESET synchronous_commit"} {
-			if _, err := d.Exec(ctx, statement); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+	return drain(ctx, b, n, result{name: "one-row transactions logged", wanted: 50_000}, func(d *database) error { return d.smallTransactions(ctx, n) })
 }
 
 // updateEach updates each row in a transaction of its own.

@@ -36,15 +36,18 @@ type gateway struct {
 	exited  chan error
 }
 
-func newGateway(b *bench, d *database, policy string) (*gateway, error) {
+// newGateway writes the configuration; an empty redis is none.
+func newGateway(b *bench, d *database, policy, redis string) (*gateway, error) {
 	port, err := pgserver.FreePort()
 	if err != nil {
 		return nil, err
 	}
+	name := fmt.Sprintf("%s_%d", d.name, port) // several may serve one database
 	g := &gateway{binary: b.binary, db: d, base: fmt.Sprintf("http://127.0.0.1:%d", port),
-		config: filepath.Join(b.dir, d.name+".yaml"), logPath: filepath.Join(b.dir, d.name+".log")}
+		config: filepath.Join(b.dir, name+".yaml"), logPath: filepath.Join(b.dir, name+".log")}
 	text := fmt.Sprintf(`database: {url: %q}
 replication: {slot: %s}
+redis: {url: %q}
 http: {listen: "127.0.0.1:%d"}
 limits: {requests_per_second: 1000000, burst: 1000000, stream_connections: 20000, stream_connections_per_subject: 20000, attachment: 10GB, quota: 1000GB}
 blobs: {url: "file://%s"}
@@ -53,7 +56,7 @@ log: {level: warn}
 collections:
   items:
     table: public.items
-%s`, d.dsn, d.name, port, filepath.ToSlash(filepath.Join(b.dir, d.name+".blobs")), secret, policy)
+%s`, d.dsn, d.name, redis, port, filepath.ToSlash(filepath.Join(b.dir, d.name+".blobs")), secret, policy)
 	return g, os.WriteFile(g.config, []byte(text), 0o600)
 }
 

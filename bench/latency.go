@@ -33,20 +33,22 @@ const writers = 4
 // stopwatch takes the time from sending a row's COMMIT to its arrival. Rows are told apart by their title.
 type stopwatch struct {
 	owners  int // the rows go round so many owners
+	first   int // of them
 	mu      sync.Mutex
 	sent    map[int]time.Time
 	took    []time.Duration
 	arrived chan struct{} // one for each row
+	beside  *stopwatch    // takes the time of the same commits to another place; may be nil
 }
 
 func newStopwatch(rows int) *stopwatch {
 	return &stopwatch{owners: 1, sent: map[int]time.Time{}, arrived: make(chan struct{}, rows)}
 }
 
-func (w *stopwatch) send(row int) {
+func (w *stopwatch) send(row int, at time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.sent[row] = time.Now()
+	w.sent[row] = at
 }
 
 // arrive finds the row's number in its JSON.
@@ -99,11 +101,14 @@ func (w *stopwatch) pace(ctx context.Context, dsn string, rate, count int) error
 			defer conn.Close(context.WithoutCancel(ctx))
 			for row := first; row < count; row += writers {
 				time.Sleep(time.Until(began.Add(time.Duration(row) * time.Second / time.Duration(rate))))
-				insert := fmt.Sprintf("BEGIN; INSERT INTO items (owner, title, body) VALUES (%d, 'paced %d', '%s')", row%w.owners, row, body)
+				insert := fmt.Sprintf("BEGIN; INSERT INTO items (owner, title, body) VALUES (%d, 'paced %d', '%s')", w.first+row%w.owners, row, body)
 				if _, err := conn.PgConn().Exec(ctx, insert).ReadAll(); err != nil {
 					return err
 				}
-				w.send(row)
+				now := time.Now()
+				for _, w := range w.all() {
+					w.send(row, now)
+				}
 				if _, err := conn.PgConn().Exec(ctx, "COMMIT").ReadAll(); err != nil {
 					return err
 				}
@@ -115,14 +120,23 @@ func (w *stopwatch) pace(ctx context.Context, dsn string, rate, count int) error
 		return err
 	}
 	timeout := time.After(30 * time.Second)
-	for n := range count {
-		select {
-		case <-w.arrived:
-		case <-timeout:
-			return fmt.Errorf("only %d of %d rows arrived", n, count)
+	for _, w := range w.all() {
+		for n := range count {
+			select {
+			case <-w.arrived:
+			case <-timeout:
+				return fmt.Errorf("only %d of %d rows arrived", n, count)
+			}
 		}
 	}
 	return nil
+}
+
+func (w *stopwatch) all() []*stopwatch {
+	if w.beside == nil {
+		return []*stopwatch{w}
+	}
+	return []*stopwatch{w, w.beside}
 }
 
 func runLatency(ctx context.Context, b *bench) (results []result, err error) {

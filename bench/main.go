@@ -48,6 +48,10 @@ var paths = []path{
 	{"huge", "memory: one transaction of twice as many rows", runHuge, false},
 	{"giant", "memory: a row of 50 MB on every way", runGiant, false},
 	{"slow", "memory: sockets that don't read for a while", runSlow, false},
+	{"remote", "from COMMIT to the frame on another instance, over Redis", runRemote, false},
+	{"fleet", "one change to the sockets of three instances", runFleet, false},
+	{"bus", "what telling another instance costs the tail", runBus, false},
+	{"isolation", "what others' latency makes of one that misbehaves", runIsolation, false},
 }
 
 // fullScale is the scale of the figures in docs/performance.md.

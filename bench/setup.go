@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/walgate/walgate/internal/pgserver"
+	"github.com/walgate/walgate/internal/redisserver"
 )
 
 type options struct {
@@ -38,6 +39,7 @@ type bench struct {
 	version string
 	count   int             // databases made
 	logs    map[int]*bigLog // by rows
+	redis   *redisserver.Server
 }
 
 // newBench builds walgate and starts PostgreSQL as a durable server with room for the work: fsync stays on.
@@ -86,7 +88,10 @@ func (b *bench) close() error {
 		b.admin.Close(ctx)
 	}
 	if b.server != nil {
-		err = b.server.Close(ctx)
+		err = errors.Join(err, b.server.Close(ctx))
+	}
+	if b.redis != nil {
+		err = errors.Join(err, b.redis.Close())
 	}
 	return errors.Join(err, os.RemoveAll(b.dir))
 }
@@ -117,6 +122,7 @@ type database struct {
 	name    string
 	dsn     string
 	gateway *gateway
+	others  []*gateway // further instances
 }
 
 // scoped lets each caller see the rows of the owner that its subject names; open lets everybody see all.
@@ -149,7 +155,7 @@ func (b *bench) emptyDatabase(ctx context.Context, policy string) (*database, er
 	if _, err = d.Exec(ctx, table); err != nil {
 		return nil, err
 	}
-	d.gateway, err = newGateway(b, d, policy)
+	d.gateway, err = newGateway(b, d, policy, "")
 	return d, err
 }
 
@@ -170,6 +176,9 @@ func (d *database) bareSlot() string { return d.name + "_bare" }
 // drop stops walgate and removes everything of this run.
 func (d *database) drop(ctx context.Context) error {
 	err := d.gateway.stop()
+	for _, g := range d.others {
+		err = errors.Join(err, g.stop())
+	}
 	for _, slot := range []string{d.name, d.bareSlot()} {
 		err = errors.Join(err, d.dropSlot(ctx, slot))
 	}

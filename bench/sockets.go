@@ -271,8 +271,13 @@ func (s *sockets) subscribe(ctx context.Context, g *gateway, subject, since stri
 
 // follow opens sockets for subjects until there are n, and waits until all have caught up.
 func (s *sockets) follow(ctx context.Context, g *gateway, n int, since string, subject func(i int) string) error {
+	return s.followAll(ctx, []*gateway{g}, n, since, subject)
+}
+
+// followAll spreads the sockets evenly over several instances.
+func (s *sockets) followAll(ctx context.Context, all []*gateway, n int, since string, subject func(i int) string) error {
 	err := s.connectAll(ctx, n, func(ctx context.Context, i int) (*socket, error) {
-		return s.subscribe(ctx, g, subject(i), since)
+		return s.subscribe(ctx, all[i%len(all)], subject(i), since)
 	})
 	if err != nil {
 		return err
