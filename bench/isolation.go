@@ -30,7 +30,7 @@ const costly = `    where: "!row.title.contains('a text that no row has') && (cl
 
 // largeRow goes into a title, which the policy looks at, or into a body, which it doesn't.
 func largeRow(title, body string) beside {
-	return repeated(500*time.Millisecond, fmt.Sprintf("INSERT INTO items (owner, title, body) SELECT 5, %s, %s FROM (VALUES (repeat('a large text ', 100000))) AS t(large)", title, body))
+	return repeated(500*time.Millisecond, fmt.Sprintf("INSERT INTO items (owner, title, body) SELECT 5, %s, %s FROM (VALUES (repeat('a large text ', 40000))) AS t(large)", title, body))
 }
 
 var disturbances = []disturbance{
@@ -39,7 +39,7 @@ var disturbances = []disturbance{
 		[]beside{repeated(20*time.Millisecond, "INSERT INTO items (owner, title, body) SELECT 2, 'storm', repeat(md5(i::text), 6) FROM generate_series(1, 100) i")}},
 	{"ten sockets that read nothing", open, []beside{held("3", true), flood}, []beside{held("3", false), flood}},
 	{"a row every 500 ms that costs its policy too much", costly, []beside{largeRow("''", "large")}, []beside{largeRow("large", "''")}},
-	{"a row of 1.3 MB every 500 ms", scoped, nil, []beside{largeRow("''", "large")}},
+	{"a row of 0.5 MB every 500 ms", scoped, nil, []beside{largeRow("''", "large")}},
 }
 
 // flood fills the buffers of a socket that isn't read within seconds.
