@@ -63,6 +63,7 @@ type status struct {
 	Slot        *statusSlot        `json:"slot"`
 	Log         *statusLog         `json:"log"`
 	Collections []statusCollection `json:"collections"`
+	Redis       *statusRedis       `json:"redis"`       // null also where none is configured
 	Attachments *statusAttachments `json:"attachments"` // null also where no collection has any
 }
 
@@ -93,6 +94,9 @@ func readStatus(ctx context.Context, cfg *Config) *status {
 	look(s.readSource)
 	look(s.readLog)
 	look(s.readCollections)
+	if cfg.Redis.URL != "" {
+		look(s.readRedis)
+	}
 	if cfg.hasAttachments() {
 		look(s.readAttachments)
 	}

@@ -277,7 +277,7 @@ func sourceStatus(s *replication.Stats, w *replication.Watcher) gateway.SourceSt
 		Leading: leading, Err: failure, Waiting: s.Waiting(), Received: changelog.LSN(s.Received.Load()), Logged: changelog.LSN(s.Logged.Load()),
 		Acknowledged: changelog.LSN(s.Acknowledged.Load()), Transactions: s.Transactions.Load(), Rows: s.Rows.Load(),
 		Reconnects: s.Reconnects.Load(), PolicyErrors: s.PolicyErrors.Load(), LastCommit: time.Unix(0, s.CommitNanos.Load()),
-		LastHeard: time.Unix(0, s.WireNanos.Load()), QueueBytes: s.QueueBytes.Load(), SlotLag: slot.LagBytes, LogRows: s.LogRows.Load(), SlotStatus: slot.Status,
+		LastHeard: time.Unix(0, s.WireNanos.Load()), QueueBytes: s.QueueBytes.Load(), SlotLag: slot.LagBytes, SlotSafe: slot.SafeBytes, LogRows: s.LogRows.Load(), SlotStatus: slot.Status,
 		Stopped: w.Current().Stopped, Impaired: w.Current().Impaired, Fills: fills,
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/walgate/walgate/internal/badlink"
 	"github.com/walgate/walgate/internal/pgserver"
+	"github.com/walgate/walgate/internal/redisserver"
 )
 
 // shows runs walgate status in both forms and fails unless exactly these lines are wrong; says are parts of the text.
@@ -58,12 +60,6 @@ func TestStatus(t *testing.T) {
 		t.Errorf("status: %+v %+v %+v", s.Slot, s.Log, s.Collections)
 	}
 
-	w.exec(`ALTER TABLE docs REPLICA IDENTITY DEFAULT`)
-	w.shows([]string{"collection docs"}, "impaired", "run walgate init")
-	w.exec(`ALTER PUBLICATION walgate DROP TABLE docs`)
-	w.shows([]string{"collection docs"}, "stopped: ", "is not in publication walgate")
-	w.prepareAnew()
-
 	link.Down()
 	w.shows([]string{"change log"}, "can't be read", "storage.url")
 	link.Up()
@@ -71,6 +67,11 @@ func TestStatus(t *testing.T) {
 	w.stopGateway()
 	w.gateway.rewrite("limits: {", "limits: {max_slot_lag: 2MB, ")
 	w.shows([]string{"leader"}, "WRONG    leader", "nobody reads slot walgate")
+	w.exec(`ALTER TABLE docs REPLICA IDENTITY DEFAULT`)
+	w.shows([]string{"leader", "collection docs"}, "impaired", "run walgate init")
+	w.exec(`ALTER PUBLICATION walgate DROP TABLE docs`)
+	w.shows([]string{"leader", "collection docs"}, "stopped: ", "is not in publication walgate")
+	w.prepareAnew()
 	other := connect(t, server.DSN("postgres"))
 	resyncExec(t, other, `BEGIN; INSERT INTO docs VALUES (50, 'u0', '')`)
 	w.exec(`SELECT pg_logical_emit_message(false, 'noise', repeat('x', 3000000))`)
@@ -89,6 +90,19 @@ func TestStatus(t *testing.T) {
 	w.settle(w.absent)
 	w.shows([]string{})
 
+	metrics := w.metrics()
+	for _, line := range []string{"walgate_leading 1", "walgate_slot_lost 0", "walgate_slot_lag_bytes ", "walgate_slot_safe_bytes "} {
+		if !strings.Contains(metrics, "\n"+line) || strings.Contains(metrics, "walgate_slot_safe_bytes 0\n") {
+			t.Errorf("no metric %s:\n%s", line, metrics)
+		}
+	}
+
+	w.gateway.rewrite("auto_init: true", "auto_init: true\nredis: {url: "+redisserver.StartForTest(t, redisserver.Options{}).URL()+"}")
+	w.shows([]string{}, "ok       redis")
+	w.gateway.rewrite("redis://", "redis://nobody:")
+	w.shows([]string{"redis"}, "nothing is lost: instances read the change log once a second")
+	w.gateway.rewrite("redis: {url", "# redis: {url")
+
 	w.gateway.rewrite("auto_init: true", "auto_init: true\nconfig_revision: 3")
 	must(t, w.gateway.end(syscall.SIGTERM))
 	w.startGateway()
@@ -105,10 +119,21 @@ func TestStatus(t *testing.T) {
 	w.shows([]string{"source"}, "database.url")
 }
 
+// metrics are those of the gateway.
+func (w *followedSource) metrics() string {
+	w.t.Helper()
+	res, err := w.absent.http.Get(w.gateway.base + "/metrics")
+	must(w.t, err)
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	must(w.t, err)
+	return string(text)
+}
+
 // TestStatusStaysTheSame: programs read it. A member that is renamed or left out breaks them; new ones are added here.
 func TestStatusStaysTheSame(t *testing.T) {
 	t.Parallel()
-	s := &status{Wrong: []string{}, Warnings: []string{}, Source: &statusSource{}, Slot: &statusSlot{}, Log: &statusLog{}, Collections: []statusCollection{{}}, Attachments: &statusAttachments{}}
+	s := &status{Wrong: []string{}, Warnings: []string{}, Source: &statusSource{}, Slot: &statusSlot{}, Log: &statusLog{}, Collections: []statusCollection{{}}, Redis: &statusRedis{}, Attachments: &statusAttachments{}}
 	s.add(statusOK, "x", "", "", "")
 	text, err := json.Marshal(s)
 	must(t, err)
@@ -117,7 +142,7 @@ func TestStatusStaysTheSame(t *testing.T) {
 		`"slot":{"exists":false,"active":false,"holder_pid":0,"holder":"","ours":false,"wal_status":"","invalidation_reason":"","lag_bytes":0,"bounded":false,"safe_bytes":0,"failover":false,"synced":false,` +
 		`"restart_lsn":"","confirmed_lsn":"","oldest_transaction":"","oldest_transaction_seconds":0,"name":"","lag_limit":0},` +
 		`"log":{"history":"","version":"","floor":"","lsn":"","age_seconds":0,"epoch":0,"config_revision":0,"bytes":0},` +
-		`"collections":[{"name":"","state":"","reason":"","floor":"","floor_reason":""}],` +
+		`"collections":[{"name":"","state":"","reason":"","floor":"","floor_reason":""}],"redis":{"address":"","answers":false,"error":""},` +
 		`"attachments":{"uploaded":0,"missing":0,"unreferenced":0,"deleted":0,"bytes":0,"unfilled":""}}`
 	if string(text) != want {
 		t.Errorf("got  %s\nwant %s", text, want)

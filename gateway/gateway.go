@@ -85,6 +85,7 @@ type SourceStatus struct {
 	LastHeard    time.Time
 	QueueBytes   int64
 	SlotLag      int64
+	SlotSafe     int64 // until the source gives the slot up; 0: no bound is set
 	LogRows      int64 // about
 	SlotStatus   string
 	Stopped      map[string]string     // collections, and why

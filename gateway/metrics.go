@@ -80,6 +80,13 @@ func newMetrics(g *Gateway) *metrics {
 		return 0
 	}))
 	gauge("walgate_slot_lag_bytes", "WAL that the slot holds back on the source's disk.", status(func(s SourceStatus) float64 { return float64(s.SlotLag) }))
+	gauge("walgate_slot_safe_bytes", "WAL that may be written before the source gives the slot up (max_slot_wal_keep_size); 0: no bound is set.", status(func(s SourceStatus) float64 { return float64(s.SlotSafe) }))
+	gauge("walgate_slot_lost", "1 while the slot is invalidated: a leader makes another, and clients resynchronise.", status(func(s SourceStatus) float64 {
+		if s.SlotStatus == "lost" {
+			return 1
+		}
+		return 0
+	}))
 	gauge("sync_oplog_size", "Rows of the change log, about.", status(func(s SourceStatus) float64 { return float64(s.LogRows) }))
 	gauge("walgate_append_lag_bytes", "WAL received but not yet durable in the change log.", status(func(s SourceStatus) float64 {
 		return float64(max(int64(s.Received)-int64(s.Logged), 0))
