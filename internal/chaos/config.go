@@ -38,9 +38,6 @@ func signToken(subject string, roles []string, claims map[string]any) string {
 	return text + "." + base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
 }
 
-// configuresRedis says that the gateway has the key redis.url.
-const configuresRedis = false
-
 type object = map[string]any
 
 // writeConfig writes the gateway's configuration, as JSON, which is YAML.
@@ -150,7 +147,7 @@ func (r *run) networkConfig(i *instance, port int) (object, error) {
 	c["database"] = object{"url": application, "replication_url": replication, "pool_size": 10}
 	c["storage"] = object{"url": storage, "pool_size": 10}
 	c["http"] = object{"listen": fmt.Sprintf("127.0.0.1:%d", port), "public_url": r.balancerURL()}
-	if i.redis != nil && configuresRedis {
+	if i.redis != nil {
 		through, err := i.redis.Through(r.stack.redis.URL())
 		if err != nil {
 			return nil, err

@@ -20,6 +20,7 @@ import (
 
 const (
 	instances   = 3
+	settleSlow  = 20 * time.Second // after which it is noted who waits for whom
 	settleLimit = 60 * time.Second // for clients to hold what SELECT returns, once all is well
 )
 

@@ -119,6 +119,20 @@ func (r *run) await(ctx context.Context, server *pgserver.Server, what, sql stri
 	}
 }
 
+// noteSessions notes what the databases' sessions are at.
+func (r *run) noteSessions() {
+	for name, server := range map[string]*pgserver.Server{"source": r.source, "log": r.stack.log} {
+		if server == nil {
+			continue
+		}
+		var text string
+		err := r.ask(context.Background(), server, "postgres", &text, `SELECT coalesce(string_agg(format('%s of %s, %s, waits %s/%s, blocked by %s, for %s: %s', pid, application_name, state, wait_event_type, wait_event,
+			pg_blocking_pids(pid), clock_timestamp() - coalesce(xact_start, state_change), left(regexp_replace(query, '\s+', ' ', 'g'), 200)), E'\n'), '')
+			FROM pg_stat_activity WHERE datname LIKE 'chaos%' AND (state <> 'idle' OR xact_start IS NOT NULL)`)
+		r.note("sessions of the %s (%v):\n%s", name, err, text)
+	}
+}
+
 // toSource are the relays to the source: everybody's who uses it.
 func (r *run) toSource() []*badlink.Link {
 	links := []*badlink.Link{r.app}

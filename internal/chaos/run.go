@@ -213,7 +213,12 @@ func (r *run) round(ctx context.Context, n int) error {
 	healed := time.Now()
 	settling, cancel := context.WithTimeout(ctx, settleLimit)
 	defer cancel()
-	if err := r.world.Settle(settling); err != nil {
+	slow := time.AfterFunc(settleSlow, r.noteSessions)
+	err := r.world.Settle(settling)
+	if !slow.Stop() {
+		r.note("it took long to settle")
+	}
+	if err != nil {
 		return fmt.Errorf("round %d: %w", n, err)
 	}
 	r.note("round %d was over after %s, all well after %s, settled after %s", n, long, healed.Sub(began).Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
