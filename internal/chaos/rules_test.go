@@ -1,6 +1,7 @@
 package chaos
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/walgate/walgate/policies"
 	"github.com/walgate/walgate/schema"
@@ -188,6 +190,19 @@ func TestEachRuleIsNoticed(t *testing.T) {
 	}
 	files := func(t *testing.T, c *client) { _ = c.syncFiles(t.Context()) }
 	full := func(t *testing.T, c *client) { c.cursor = ""; _ = c.resync(t.Context()) }
+	others := func(t *testing.T, c *client) {
+		c.names, c.lost = []string{"notes", "others"}, []string{"others"}
+		_ = c.resync(t.Context()) // its errors are noted
+	}
+	nothing := fullOf(fmt.Sprintf(`{"end":true,"count":0,"last_seq":%q}`, at(7)))
+	leftOver := func(t *testing.T, c *client) {
+		b := &batch{}
+		c.addChange(b, c.w.tables[0], &pushChange{DocID: "a", Operation: "delete"})
+		c.edits.queue = append(c.edits.queue, b)
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		c.settlePushes(ctx)
+	}
 	sessions := func(t *testing.T, c *client) { _ = c.session(t.Context()) }
 	opened := body(fmt.Sprintf(`{"sync_uuid":"1","last_sync":%q,"max_checkin":%q}`, at(5), at(8)))
 	download := func(digest string) string {
@@ -244,6 +259,8 @@ func TestEachRuleIsNoticed(t *testing.T) {
 		{rule: "an attachment is once in a manifest", breaks: files, answers: []scripted{body(`{"current_version":9,"operations":[{"operation":"delete","attachment_id":"a","version":6},{"operation":"delete","attachment_id":"a","version":7}]}`)}, sound: files, soundAnswers: []scripted{body(`{"current_version":9}`)}},
 		{rule: "a manifest's position doesn't go back", breaks: files, answers: []scripted{body(`{"current_version":3,"operations":[{"operation":"delete","attachment_id":"a","version":6}]}`)}, sound: files, soundAnswers: []scripted{body(`{"current_version":9}`)}},
 		{rule: "answers are those of the documentation", breaks: files, answers: []scripted{body(`{"full_resync_required":true,"reason":"too_old"}`)}, sound: files, soundAnswers: []scripted{body(`{"current_version":9}`)}},
+		{rule: "a pull ends where it is told to", breaks: others, answers: []scripted{nothing, pageOf(6, false, false)}, sound: others, soundAnswers: []scripted{nothing, pageOf(7, false, false)}},
+		{rule: "pushes get an outcome", breaks: leftOver, answers: []scripted{{status: 503}}, sound: leftOver, soundAnswers: []scripted{body(`{"results":[{"change_id":"c1","doc_id":"a","status":"accepted"}]}`)}},
 		{rule: "a session keeps to its window", breaks: sessions, answers: []scripted{opened, pageOf(9, false, false, entry("a", 9, 9)), body(`{}`)}, sound: sessions, soundAnswers: []scripted{opened, pageOf(8, false, false, entry("a", 8, 8)), body(`{}`)}},
 		{rule: "nobody is shown a row that isn't theirs", breaks: sessions, answers: []scripted{opened, pageOf(8, false, false, strings.Replace(entry("a", 8, 8), "u0", "u1", 1)), body(`{}`)}, sound: sessions, soundAnswers: []scripted{opened, {status: 404, body: `{"code":"unknown_session"}`}}},
 		{rule: "a download is what was uploaded", breaks: files, answers: []scripted{body(download("00")), body("other bytes")}, sound: files, soundAnswers: []scripted{body(download(digestOf("f1.jpg"))), body(string(fileBytes("f1.jpg")))}},
@@ -276,9 +293,9 @@ func TestEachRuleIsNoticed(t *testing.T) {
 	}
 }
 
-// brokenElsewhere are the rules that need tables, which TestWorldNotices breaks, and those that only a bug of the world's own can.
-var brokenElsewhere = []string{"clients converge", "an acknowledged push is applied, and nothing else", "pushes get an outcome",
-	"the ledger can be read", "addresses can be read", "pushes can be written", "frames are JSON", "a pull ends where it is told to"}
+// brokenElsewhere are the rules that need tables, which TestWorldWithoutFaults breaks, and those that only a bug of the world's own can.
+var brokenElsewhere = []string{"clients converge", "an acknowledged push is applied, and nothing else",
+	"the ledger can be read", "addresses can be read", "pushes can be written", "frames are JSON"}
 
 var ruleInSource = regexp.MustCompile(`(?:violation|fault|broken)\((?:\w+, )?"([a-z][^"%]+)"`)
 
