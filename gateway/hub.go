@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/walgate/walgate/changelog"
@@ -14,10 +15,13 @@ import (
 )
 
 const (
-	// positionCheck is how often the hub compares itself with the log: a message that the bus lost is found by it.
+	// positionCheck is how long after the last word from the bus the hub compares itself with the log: a message that was lost
+	// is found by it, or by the message after it.
 	positionCheck = time.Second
-	gapPage       = 2000
-	gapBytes      = 4 << 20
+	// sparedMost is how many such checks messages may spare, one after the other.
+	sparedMost = 10
+	gapPage    = 2000
+	gapBytes   = 4 << 20
 )
 
 // hub hands each change to the subscribers of its scopes. It stands at one version; what is below was handed to everybody
@@ -29,6 +33,7 @@ type hub struct {
 	failed func(collection string, err error) // a policy failed on a row
 	memory *budget
 	every  time.Duration // positionCheck, but for tests
+	looks  atomic.Int64  // at the log
 
 	mu      sync.Mutex
 	head    *changelog.Head   // where the hub stands; nil: nothing was read yet
@@ -62,6 +67,7 @@ func (h *hub) run(ctx context.Context) error {
 	tick := time.NewTicker(h.every)
 	defer tick.Stop()
 	h.follow(ctx)
+	looked := time.Now()
 	for {
 		select {
 		case <-ctx.Done():
@@ -70,13 +76,25 @@ func (h *hub) run(ctx context.Context) error {
 			if !ok {
 				return nil
 			}
-			if !h.apply(ctx, b) {
+			switch {
+			case !h.apply(ctx, b):
 				h.follow(ctx)
+				looked = time.Now()
+			case time.Since(looked) < sparedMost*h.every && !h.newcomers():
+				tick.Reset(h.every)
 			}
 		case <-tick.C:
 			h.follow(ctx)
+			looked = time.Now()
 		}
 	}
+}
+
+// newcomers says whether somebody joined who wasn't yet held against the collections' state.
+func (h *hub) newcomers() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.joined
 }
 
 // apply hands a batch out if it continues where the hub stands; false: the log must be read.
@@ -144,6 +162,7 @@ func (h *hub) follow(ctx context.Context) {
 func (h *hub) step(ctx context.Context) (more bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
+	h.looks.Add(1)
 	h.mu.Lock()
 	old, idle := h.head, h.idleLocked()
 	h.mu.Unlock()

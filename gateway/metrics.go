@@ -111,6 +111,7 @@ func newMetrics(g *Gateway) *metrics {
 	if g.fleet != nil {
 		total("walgate_rate_alone_total", "Requests that this instance alone held to their subject's rate, because Redis did not answer.", func() float64 { return float64(g.fleet.alone.Load()) })
 	}
+	total("walgate_log_looks_total", "Times this instance looked at the change log itself, a page at a time, because the bus had told it nothing for a second, or not all.", func() float64 { return float64(g.hub.looks.Load()) })
 	total("walgate_policy_errors_total", "Rows that nobody sees because their policy failed.", func() float64 {
 		return float64(g.o.SourceStatus().PolicyErrors + g.policyN.Load())
 	})
