@@ -51,6 +51,7 @@ var paths = []path{
 	{"remote", "from COMMIT to the frame on another instance, over Redis", runRemote, false},
 	{"fleet", "one change to the sockets of three instances", runFleet, false},
 	{"bus", "what telling another instance costs the tail", runBus, false},
+	{"standing", "what one more idle instance costs", runStanding, false},
 	{"isolation", "what others' latency makes of one that misbehaves", runIsolation, false},
 }
 
