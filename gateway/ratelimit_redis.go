@@ -26,6 +26,7 @@ const (
 type fleetRate struct {
 	redis           *changelog.Redis
 	interval, depth float64 // see rateLimiter; in microseconds
+	most            time.Duration // fleetRateMost, but for tests
 	logger          *slog.Logger
 
 	started time.Time
@@ -35,7 +36,7 @@ type fleetRate struct {
 
 func newFleetRate(r *changelog.Redis, perSecond, burst int, logger *slog.Logger) *fleetRate {
 	interval := 1e6 / float64(perSecond)
-	return &fleetRate{redis: r, interval: interval, depth: interval * float64(burst), logger: logger, started: time.Now()}
+	return &fleetRate{redis: r, interval: interval, depth: interval * float64(burst), most: fleetRateMost, logger: logger, started: time.Now()}
 }
 
 // takeToken is rateLimiter.allow by the clock of Redis, whatever those of the instances say. A clock that was set back shuts nobody
@@ -71,7 +72,7 @@ func (f *fleetRate) allow(ctx context.Context, subject string) (retryAfter time.
 
 // take asks Redis once.
 func (f *fleetRate) take(ctx context.Context, subject string) (wait time.Duration, err error) {
-	ctx, cancel := context.WithTimeout(ctx, fleetRateMost)
+	ctx, cancel := context.WithTimeout(ctx, f.most)
 	defer cancel()
 	sum := sha256.Sum256([]byte(subject))
 	key := f.redis.Key("rate:" + base64.RawURLEncoding.EncodeToString(sum[:16]))

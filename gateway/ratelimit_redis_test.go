@@ -26,6 +26,13 @@ func openRedis(t testing.TB, url string) *changelog.Redis {
 	return r
 }
 
+// patientRate waits for Redis as long as tests do: what is shown of it is not its haste.
+func patientRate(r *changelog.Redis, perSecond, burst int) *fleetRate {
+	f := newFleetRate(r, perSecond, burst, slog.New(slog.DiscardHandler))
+	f.most = patience
+	return f
+}
+
 // rated is an instance that counts and nothing else.
 func rated(t testing.TB, url string, perSecond, burst int) *Gateway {
 	t.Helper()
@@ -47,7 +54,7 @@ func TestFleetRate(t *testing.T) {
 		f = append(f, rated(t, server.URL(), perSecond, burst))
 	}
 	for _, g := range f {
-		g.fleet.redis = f[0].fleet.redis // one installation, however its tests are called
+		g.fleet = patientRate(f[0].fleet.redis, perSecond, burst)
 	}
 	var passed atomic.Int64
 	var wg sync.WaitGroup
@@ -91,7 +98,7 @@ func TestFleetRateWaits(t *testing.T) {
 	redis := openRedis(t, server.URL())
 	a, b := rated(t, "", 2, 4), rated(t, "", 2, 4)
 	for _, g := range []*Gateway{a, b} {
-		g.fleet = newFleetRate(redis, 2, 4, slog.New(slog.DiscardHandler))
+		g.fleet = patientRate(redis, 2, 4)
 	}
 	for range 4 {
 		ok(t, a.admit(t.Context(), "ana"))
@@ -141,7 +148,9 @@ func TestFleetRateWithoutRedis(t *testing.T) {
 			t.Parallel()
 			server := redisserver.StartForTest(t, redisserver.Options{Settings: []string{"maxmemory-policy noeviction"}})
 			g := rated(t, server.URL(), 1, 50)
+			g.fleet.most = patience
 			ok(t, g.admit(t.Context(), "ana"))
+			g.fleet.most = fleetRateMost
 			ok(t, fault.begin(server, t.Context()))
 			began := time.Now()
 			for i := range 49 {
@@ -173,7 +182,7 @@ func TestFleetRateWithoutRedis(t *testing.T) {
 func TestFleetRateClock(t *testing.T) {
 	t.Parallel()
 	server := redisserver.StartForTest(t, redisserver.Options{})
-	f := newFleetRate(openRedis(t, server.URL()), 2, 3, slog.New(slog.DiscardHandler))
+	f := patientRate(openRedis(t, server.URL()), 2, 3)
 	_, allowed := f.allow(t.Context(), "ana")
 	if !allowed {
 		t.Fatal("the first request is refused")
@@ -196,7 +205,7 @@ func TestFleetRateOnACluster(t *testing.T) {
 		ok(t, err)
 		return strings.Contains(info, "cluster_state:ok")
 	})
-	f := newFleetRate(openRedis(t, server.URL()+"?cluster=true"), 1, 2, slog.New(slog.DiscardHandler))
+	f := patientRate(openRedis(t, server.URL()+"?cluster=true"), 1, 2)
 	for i := range 40 { // over many slots
 		subject := fmt.Sprint(i)
 		for n := range 3 {
@@ -222,8 +231,9 @@ func TestFleetRateOverHTTP(t *testing.T) {
 	_, err := server.Do(t.Context(), "ACL", "SETUSER", "walgate", "on", ">secret", "~walgate:*", "+evalsha", "+eval", "+time", "+get", "+set")
 	ok(t, err)
 	redis := openRedis(t, strings.Replace(server.URL(), "redis://", "redis://walgate:secret@", 1))
-	e := newEnv(t, setup{options: func(o *Options) { o.Redis, o.RequestsPerSecond, o.Burst = redis, 1, 10 }})
-	f := fleet{e, e.another(t, setup{})}
+	patient := func(g *Gateway) { g.fleet.most = patience }
+	e := newEnv(t, setup{options: func(o *Options) { o.Redis, o.RequestsPerSecond, o.Burst = redis, 1, 10 }, gateway: patient})
+	f := fleet{e, e.another(t, setup{gateway: patient})}
 	ana := tokenFor(t, "ana", nil)
 	for i := range 9 {
 		if a := f.at(i).get(t, "/sync/pull?since=0", ana); a.status != http.StatusOK {
