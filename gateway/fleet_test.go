@@ -7,14 +7,27 @@ import (
 	"testing"
 	"time"
 
+	"github.com/walgate/walgate/blobstore"
 	"github.com/walgate/walgate/changelog"
+	"github.com/walgate/walgate/replication"
+	"github.com/walgate/walgate/schema"
 )
 
 // another is a further instance over the same source and log, which gets no messages of the bus unless s says so: it reads the log.
 func (e *env) another(t testing.TB, s setup) *env {
 	t.Helper()
 	o := e.g.o
-	o.Bus = changelog.NewMemoryBus()
+	dsn := e.db.Config().ConnString()
+	source, err := schema.OpenPool(t.Context(), dsn, 12)
+	ok(t, err)
+	log, err := changelog.Open(t.Context(), dsn, 8)
+	ok(t, err)
+	t.Cleanup(func() { source.Close(); log.Close() })
+	o.Source, o.Log, o.Bus = source, log, changelog.NewMemoryBus()
+	o.Fence = func(ctx context.Context) (changelog.LSN, error) { return replication.Fence(ctx, source) }
+	if o.Files != nil {
+		o.Files = blobstore.NewRecords(source, blobstore.RecordsOptions{Quota: o.Quota, UploadTTL: o.UploadTTL})
+	}
 	if s.bus != nil {
 		o.Bus = s.bus(e.g.o.Bus)
 	}
