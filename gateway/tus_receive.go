@@ -221,6 +221,9 @@ func (t *tusUpload) finish() error {
 	if err == nil && done.Outcome == blobstore.Same || errors.As(err, &p) && p.Code == AttachmentExists {
 		t.g.release(t.g.working, u)
 	}
+	if errors.As(err, &p) && p.Code == UploadGone && t.find(u.ID) == nil && t.upload.Published {
+		return nil // another instance was asked for it, too, and was first
+	}
 	if err != nil {
 		return err
 	}
