@@ -25,7 +25,7 @@ const (
 // concurrent use.
 type fleetRate struct {
 	redis           *changelog.Redis
-	interval, depth float64 // see rateLimiter; in microseconds
+	interval, depth float64       // see rateLimiter; in microseconds
 	most            time.Duration // fleetRateMost, but for tests
 	logger          *slog.Logger
 
