@@ -46,8 +46,9 @@ func apply(ctx context.Context, conn *pgx.Conn, part string, fsys fs.FS, name st
 			return err
 		}
 		if !done {
+			// Who waited for the lock may still look at the catalog of before; what makes tables looks anew.
 			_, err = tx.Exec(ctx, `CREATE SCHEMA IF NOT EXISTS walgate;
-				CREATE TABLE walgate.migrations (part text, name text, applied_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (part, name))`)
+				CREATE TABLE IF NOT EXISTS walgate.migrations (part text, name text, applied_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (part, name))`)
 			if err != nil {
 				return err
 			}
