@@ -269,12 +269,16 @@ func gatewayOptions(cfg *Config, p *parts, bus changelog.Bus, auth *gateway.Auth
 
 func sourceStatus(s *replication.Stats, w *replication.Watcher) gateway.SourceStatus {
 	leading, failure, slot := s.State()
+	standby := ""
+	if s.Standby() {
+		standby, failure = failure, ""
+	}
 	fills := map[string]gateway.FillStatus{}
 	for name, f := range s.Fills() {
 		fills[name] = gateway.FillStatus{Rows: f.Rows, Estimate: f.Estimate, Done: f.Done}
 	}
 	return gateway.SourceStatus{
-		Leading: leading, Err: failure, Waiting: s.Waiting(), Received: changelog.LSN(s.Received.Load()), Logged: changelog.LSN(s.Logged.Load()),
+		Leading: leading, Err: failure, Standby: standby, Waiting: s.Waiting(), Received: changelog.LSN(s.Received.Load()), Logged: changelog.LSN(s.Logged.Load()),
 		Acknowledged: changelog.LSN(s.Acknowledged.Load()), Transactions: s.Transactions.Load(), Rows: s.Rows.Load(),
 		Reconnects: s.Reconnects.Load(), PolicyErrors: s.PolicyErrors.Load(), LastCommit: time.Unix(0, s.CommitNanos.Load()),
 		LastHeard: time.Unix(0, s.WireNanos.Load()), QueueBytes: s.QueueBytes.Load(), SlotLag: slot.LagBytes, SlotSafe: slot.SafeBytes, LogRows: s.LogRows.Load(), SlotStatus: slot.Status,

@@ -148,7 +148,7 @@ func TestSwitchoverForthAndBack(t *testing.T) {
 		w.replayed(next)
 		w.link.Turn(t, next.DSN("postgres"))
 		must(t, former.Stop(t.Context()))
-		w.degraded("the source is a standby")
+		w.readiness("the source is a standby")
 		must(t, next.Promote(t.Context()))
 		w.use(next)
 		if i == 0 {

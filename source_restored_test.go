@@ -142,7 +142,7 @@ func TestSourceMadeOfABackup(t *testing.T) {
 			if what == "dump, log elsewhere" {
 				w.exec(sourceTable)
 				w.exec(`INSERT INTO docs SELECT n, 'u0', 'first' FROM generate_series(1, 3) n`)
-				w.degraded("walgate init") // serve prepares nothing but when it starts
+				w.readiness("walgate init") // serve prepares nothing but when it starts
 				w.prepareAnew()
 			}
 			w.goOn()

@@ -97,8 +97,9 @@ func TestFrozenGateway(t *testing.T) {
 	w.startGateway()
 	w.present = w.client("of the second gateway", 4)
 	w.absent.base = second.base
-	w.degraded("is held by process")
-	w.degraded("application walgate, client 127.0.0.1:")
+	w.readiness(`"status":"ready"`)
+	w.readiness("is held by process")
+	w.readiness("application walgate, client 127.0.0.1:")
 	if status, _ := w.get("/sync/pull", map[string][]string{"since": {w.absent.replica.cursor}}); status != http.StatusOK {
 		t.Errorf("pull while waiting for the slot: %d", status)
 	}

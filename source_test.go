@@ -135,8 +135,8 @@ func (w *followedSource) logged(text string) {
 	})
 }
 
-// degraded waits until /readyz tells of a problem, while it goes on serving.
-func (w *followedSource) degraded(text string) {
+// readiness waits until /readyz says something, while it goes on serving.
+func (w *followedSource) readiness(text string) {
 	w.t.Helper()
 	resyncEventually(w.t, "/readyz says "+text, func() bool {
 		status, body := w.get("/readyz", nil)

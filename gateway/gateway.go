@@ -73,6 +73,7 @@ type Options struct {
 type SourceStatus struct {
 	Leading      bool
 	Err          string
+	Standby      string // which instance leads in place of this one; empty: Err says why nobody is known to, or this one does
 	Waiting      string // why the change log holds replication up
 	Received     changelog.LSN
 	Logged       changelog.LSN

@@ -34,6 +34,7 @@ func (g *Gateway) readyz(c *fiber.Ctx) error {
 		degraded["replication"] = s.Err
 	case s.Leading && !s.LastHeard.IsZero() && time.Since(s.LastHeard) > staleAfter:
 		degraded["replication"] = "the source has been silent for " + time.Since(s.LastHeard).Round(time.Second).String()
+	case s.Standby != "":
 	case !s.Leading:
 		degraded["replication"] = "not leading"
 	}
@@ -64,7 +65,7 @@ func (g *Gateway) readyz(c *fiber.Ctx) error {
 		state, code = "not ready", fiber.StatusServiceUnavailable
 		maps.Copy(degraded, problems)
 	}
-	return c.Status(code).JSON(fiber.Map{"status": state, "problems": degraded, "leading": s.Leading,
+	return c.Status(code).JSON(fiber.Map{"status": state, "problems": degraded, "leading": s.Leading, "standby": s.Standby,
 		"received_lsn": s.Received.String(), "logged_lsn": s.Logged.String(), "acknowledged_lsn": s.Acknowledged.String(), "slot_lag_bytes": s.SlotLag})
 }
 

@@ -98,7 +98,11 @@ func (l *Leader) holds(h *holding) {
 		level, more = slog.LevelWarn, "; it is still making the slot, which waits for "+h.waits.who
 	}
 	err := fmt.Errorf("slot %s is held by process %d of the source (%s)%s: this instance serves what is logged and takes over once the slot is free", l.o.Slot, h.pid, h.who, more)
-	l.o.Stats.setState(false, err)
+	if h.ours && more == "" {
+		l.o.Stats.setStandby(err)
+	} else {
+		l.o.Stats.setState(false, err)
+	}
 	if key := fmt.Sprint(h.pid, " ", h.waits.key); key != l.heldBy {
 		l.heldBy = key
 		l.o.Logger.Log(context.Background(), level, "another process holds the slot; waiting to take over", "slot", l.o.Slot, "reason", err)

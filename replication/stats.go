@@ -26,6 +26,7 @@ type Stats struct {
 
 	mu      sync.Mutex
 	leading bool
+	standby bool // err is that another instance leads, which is as it should be
 	err     string
 	waiting string // why an append takes long
 	slot    SlotHealth
@@ -89,7 +90,7 @@ func (s *Stats) setWaiting(why string) (was string) {
 func (s *Stats) setState(leading bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.leading = leading
+	s.leading, s.standby = leading, false
 	if !leading {
 		s.fills = nil
 	}
@@ -97,6 +98,21 @@ func (s *Stats) setState(leading bool, err error) {
 	if err != nil {
 		s.err = err.Error()
 	}
+}
+
+// setStandby notes that another instance holds the slot, and which.
+func (s *Stats) setStandby(why error) {
+	s.setState(false, why)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.standby = true
+}
+
+// Standby says whether all that State tells is that another instance leads.
+func (s *Stats) Standby() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.standby
 }
 
 func (s *Stats) setSlot(h SlotHealth) {
