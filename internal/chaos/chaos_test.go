@@ -14,6 +14,9 @@ var (
 	chaosSeed     = flag.Uint64("seed", 1, "first seed of TestChaos")
 	chaosRuns     = flag.Int("runs", 0, "runs of TestChaos, one a seed; 0: three, or with -seed one, or as many as begin within -duration")
 	chaosDuration = flag.Duration("duration", 0, "TestChaos begins no run later than this")
+	chaosRounds   = flag.Int("rounds", 0, "rounds of each run of TestChaos; 0: two")
+	chaosClients  = flag.Int("clients", 0, "clients of each run of TestChaos; 0: six")
+	chaosWriters  = flag.Int("writers", 0, "writers of each run of TestChaos; 0: four")
 	chaosEvents   = flag.Bool("events", false, "TestChaos tells all that happens, as it happens")
 	chaosReports  = flag.String("reports", "", "file to which TestChaos appends a line of JSON for each run")
 )
@@ -23,6 +26,7 @@ var (
 func TestChaos(t *testing.T) {
 	o := options(t)
 	o.Seed, o.Runs, o.Duration = *chaosSeed, *chaosRuns, *chaosDuration
+	o.Rounds, o.Clients, o.Writers = *chaosRounds, *chaosClients, *chaosWriters
 	if seeded := isSet("seed"); o.Runs == 0 && o.Duration == 0 && !seeded {
 		o.Runs = 3
 	}
