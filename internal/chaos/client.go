@@ -154,7 +154,7 @@ func (c *client) violation(rule, format string, args ...any) {
 
 // run does this and that until ctx ends.
 func (c *client) run(ctx context.Context) {
-	for ; ctx.Err() == nil; pause(ctx, upTo(c.rng, 20*time.Millisecond)) {
+	for ; ctx.Err() == nil; pause(ctx, upTo(c.rng, 40*time.Millisecond)) {
 		var err error
 		switch n := c.rng.IntN(24); {
 		case c.keepless && n < 9:

@@ -22,7 +22,7 @@ type writer struct {
 }
 
 const (
-	writerPause   = 12 * time.Millisecond // at most, between two transactions
+	writerPause   = 25 * time.Millisecond // at most, between two transactions
 	writerTimeout = 5 * time.Second       // of one transaction: the way to the server may be gone without a word
 	longest       = 20                    // statements of a transaction
 )
