@@ -158,6 +158,8 @@ func (x *pushTx) passFence(ctx context.Context) error {
 	if x.fenced {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, pushFenceMost)
+	defer cancel()
 	err := x.g.passFence(ctx)
 	x.fenced = err == nil
 	return err

@@ -21,6 +21,9 @@ const (
 	pushAttempts   = 5 // at a transaction that loses against others
 	pushLockMost   = "10s"
 	pushSelectMost = "30s"
+	// pushFenceMost is how long a push waits for the log: the application may want the rows that it has locked meanwhile, and where
+	// the log waits for a new slot, the making of that one waits for every transaction that is open.
+	pushFenceMost = 3 * time.Second
 )
 
 // pushTx is one attempt at a push: one transaction of the source.
