@@ -78,10 +78,10 @@ func TestRollingUpgrade(t *testing.T) {
 // oldIsAlone stops every gateway, and starts one with the old configuration.
 func (f *fleet) oldIsAlone(p *gatewayProcess, policy bool) {
 	f.t.Helper()
-	epoch := f.epoch()
-	for _, p := range f.all {
+	for _, p := range f.all { // one may still take over from the other
 		must(f.t, p.end(syscall.SIGTERM))
 	}
+	epoch := f.epoch()
 	p.rewrite("config_revision: 1", "config_revision: 0")
 	if policy {
 		p.rewrite("where: \"row.body != 'hidden'\"", "where: \"row.body != 'other'\"")
