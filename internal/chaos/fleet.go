@@ -262,6 +262,10 @@ func (r *run) heal(ctx context.Context) error {
 			return fmt.Errorf("the harness left Redis broken: %w", err)
 		}
 	}
+	// A standby or a backup may hold what the fault has removed from the server of before.
+	if err := r.askLog(ctx, nil, `DROP FUNCTION IF EXISTS walgate.no_space CASCADE`); err != nil {
+		return fmt.Errorf("make room in the log: %w", err)
+	}
 	if err := r.awaitFleet(ctx); err != nil {
 		return fmt.Errorf("all faults are over: %w", err)
 	}
