@@ -21,11 +21,14 @@ func (s *status) readRedis(ctx context.Context, cfg *Config) {
 	s.Redis = &statusRedis{}
 	if err == nil {
 		s.Redis.Address = r.Addr()
-		err = errors.Join(r.Client().Ping(ctx).Err(), r.Close())
+		if err = r.Client().Publish(ctx, r.Key("changes"), "").Err(); err != nil {
+			err = errors.New(changelog.ExplainRedis(err))
+		}
+		err = errors.Join(err, r.Close())
 	}
 	if err != nil {
 		s.Redis.Error = err.Error()
-		s.add(statusWrong, name, s.Redis.Address+" can't be used: "+err.Error(), "nothing is lost: instances read the change log once a second instead, so live changes come up to a second later, and each counts its rate limits for itself",
+		s.add(statusWrong, name, s.Redis.Address+" can't be used: "+err.Error(), "nothing is lost: instances look at the change log four times a second instead, so live changes come a moment later, and each counts its rate limits for itself",
 			"see that Redis runs, and that host, port, user and password in redis.url are right; instances use it again by themselves")
 		return
 	}

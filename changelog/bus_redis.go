@@ -195,7 +195,10 @@ func (b *RedisBus) pollFor(ctx context.Context, d time.Duration) {
 // hint has the subscribers look at the log: there may be more than they know of.
 func (b *RedisBus) hint() { b.local.Publish(&Batch{Omitted: true}) }
 
-var errSilent = errors.New("it answers no more")
+var (
+	errSilent = errors.New("it answers no more")
+	errEnded  = errors.New("it ended the subscription")
+)
 
 // subscription subscribes and hands on what comes until something fails.
 func (b *RedisBus) subscription(ctx context.Context) error {
@@ -203,7 +206,7 @@ func (b *RedisBus) subscription(ctx context.Context) error {
 	defer poll.Wait()
 	polling, stopPolling := context.WithCancel(ctx) // until the first answer
 	defer stopPolling()
-	poll.Go(func() { b.pollFor(polling, 2*silenceMost) })
+	poll.Go(func() { b.pollFor(polling, time.Hour) }) // however long the library tries
 	subscribe := b.redis.client.Subscribe
 	if b.redis.sharded {
 		subscribe = b.redis.client.SSubscribe
@@ -230,10 +233,14 @@ func (b *RedisBus) subscription(ctx context.Context) error {
 		}
 		switch m := m.(type) {
 		case *redis.Subscription:
+			if m.Kind != "subscribe" && m.Kind != "ssubscribe" { // the channel has moved to another node of the cluster
+				return errEnded
+			}
 			stopPolling()
 			b.stats.Subscribed.Add(1)
 			b.redis.judge("subscribe", nil)
-			b.hint() // what was announced meanwhile is missed
+			b.redis.judge("publish", nil) // until the next try, which may not come while another instance leads
+			b.hint()                      // what was announced meanwhile is missed
 		case *redis.Message:
 			b.deliver([]byte(m.Payload))
 		}

@@ -249,7 +249,9 @@ func TestRedisAddresses(t *testing.T) {
 			if c.refused {
 				awaitThat(t, "it says why", func() bool { why, _ := here.redis.Down(); return why != "" })
 				why, _ := here.redis.Down()
-				t.Log(why)
+				if name == "wrong password" && !strings.Contains(why, "it refuses the user or password") || name == "ACL lacks rights" && !strings.Contains(why, "its ACL doesn't allow") {
+					t.Errorf("it doesn't say what that means: %s", why)
+				}
 				if strings.Contains(why, "secret") || strings.Contains(why, "wrong") && !strings.Contains(why, "WRONGPASS") {
 					t.Errorf("it tells the password: %s", why)
 				}
@@ -290,11 +292,37 @@ func TestSentinelFailsOver(t *testing.T) {
 	awaitWell(t, here, true)
 }
 
+// TestChannelMovesInACluster: the node that has the channel ends the subscription and stays connected, as when the channel's slot
+// moves to another node. The bus says so, and subscribes again once the slot is somewhere.
+func TestChannelMovesInACluster(t *testing.T) {
+	t.Parallel()
+	server := redisserver.StartForTest(t, redisserver.Options{Settings: []string{"cluster-enabled yes"}})
+	do := func(args ...string) {
+		t.Helper()
+		if _, err := server.Do(t.Context(), args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	do("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+	b := openBus(t, "redis://"+server.Addr()+"?cluster=true")
+	awaitWell(t, b, true)
+	began := b.stats.Subscribed.Load()
+	do("CLUSTER", "DELSLOTSRANGE", "0", "16383")
+	awaitWell(t, b, false)
+	do("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+	awaitWell(t, b, true)
+	if b.stats.Subscribed.Load() == began {
+		t.Error("it didn't subscribe again")
+	}
+	awaitBatch(t, b, b.Subscribe(t.Context()), &Batch{History: "a1b2", Last: 7})
+}
+
 // TestRedisURLs: what can't be an address is refused without telling the password.
 func TestRedisURLs(t *testing.T) {
 	t.Parallel()
 	for _, url := range []string{"", "localhost:6379", "http://h", "redis://u:secret@h:6379/x", "redis://u:secret@h:63%79", "redis://u:secret@h?nosuch=1", "redis://u:secret@h?addr=nohost", "redis://u:secret@h?addr=a:1&nosuch=1",
-		"redis://u:secret@h?master_name=m&nosuch=1"} {
+		"redis://u:secret@h?master_name=m&nosuch=1",
+		"redis://user:12/34secret@h:6379/0", "redis://user:12?secret@h", "redis://user:12#secret@h"} {
 		r, err := OpenRedis(RedisOptions{URL: url})
 		if err == nil {
 			t.Errorf("%s is taken", url)

@@ -105,7 +105,7 @@ const appenderName = "walgate append"
 func endPredecessor(ctx context.Context, conn *pgx.Conn) error {
 	_, err := conn.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 		WHERE application_name = $1 AND datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
-			AND wait_event = 'ClientRead' AND xact_start < clock_timestamp() - interval '5 s'`, appenderName)
+			AND wait_event = 'ClientRead' AND xact_start IS NOT NULL`, appenderName)
 	if err != nil {
 		return fmt.Errorf("end an earlier leader's session in the change log's database: %w", err)
 	}

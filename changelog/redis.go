@@ -47,8 +47,8 @@ func OpenRedis(o RedisOptions) (*Redis, error) {
 	r := &Redis{namespace: o.Namespace, logger: o.Logger, faults: map[string]string{}}
 	quiet.Do(func() { redis.SetLogger(silent{}) })
 	u, err := url.Parse(o.URL)
-	if err != nil {
-		return nil, errors.New("not a URL") // the parser's words would show the password
+	if err != nil || u.User == nil && strings.Contains(o.URL, "@") { // the parser's words would show the password
+		return nil, errors.New("not a URL: write %2F, %3F, %23 and %40 for /, ?, # and @ in user and password")
 	}
 	q := u.Query()
 	clustered := q.Get("cluster") == "true"
@@ -62,7 +62,7 @@ func OpenRedis(o RedisOptions) (*Redis, error) {
 			return nil, err
 		}
 		redisDefaults(&f.Protocol, &f.DialTimeout, &f.ReadTimeout, &f.WriteTimeout)
-		f.ContextTimeoutEnabled, f.DisableIdentity = true, true
+		f.ContextTimeoutEnabled, f.DisableIdentity, f.DialerRetries = true, true, 1
 		r.client, r.addrs = redis.NewFailoverClient(f), f.SentinelAddrs
 	case q.Has("addr") || clustered:
 		c, err := redis.ParseClusterURL(u.String())
@@ -70,7 +70,7 @@ func OpenRedis(o RedisOptions) (*Redis, error) {
 			return nil, err
 		}
 		redisDefaults(&c.Protocol, &c.DialTimeout, &c.ReadTimeout, &c.WriteTimeout)
-		c.MaintNotificationsConfig, c.ContextTimeoutEnabled, c.DisableIdentity = never, true, true
+		c.MaintNotificationsConfig, c.ContextTimeoutEnabled, c.DisableIdentity, c.DialerRetries = never, true, true, 1
 		r.client, r.addrs, r.sharded = redis.NewClusterClient(c), c.Addrs, true
 	default:
 		s, err := redis.ParseURL(u.String())
@@ -78,7 +78,7 @@ func OpenRedis(o RedisOptions) (*Redis, error) {
 			return nil, err
 		}
 		redisDefaults(&s.Protocol, &s.DialTimeout, &s.ReadTimeout, &s.WriteTimeout)
-		s.MaintNotificationsConfig, s.ContextTimeoutEnabled, s.DisableIdentity = never, true, true
+		s.MaintNotificationsConfig, s.ContextTimeoutEnabled, s.DisableIdentity, s.DialerRetries = never, true, true, 1
 		r.client, r.addrs = redis.NewClient(s), []string{s.Addr}
 	}
 	return r, nil
@@ -143,7 +143,7 @@ func (r *Redis) judge(what string, err error) {
 	r.mu.Lock()
 	was, since := r.downLocked(), r.since
 	if delete(r.faults, what); err != nil {
-		r.faults[what] = explainRedis(err)
+		r.faults[what] = ExplainRedis(err)
 	}
 	is := r.downLocked()
 	if was == "" && is != "" {
@@ -158,13 +158,13 @@ func (r *Redis) judge(what string, err error) {
 	}
 }
 
-// explainRedis says what an error of Redis means, where that is known.
-func explainRedis(err error) string {
+// ExplainRedis says what an error of Redis means, where that is known.
+func ExplainRedis(err error) string {
 	text := err.Error()
 	switch {
-	case strings.HasPrefix(text, "NOPERM"):
+	case strings.Contains(text, "NOPERM"):
 		return "its ACL doesn't allow what walgate needs: the user of redis.url wants ~walgate:* &walgate:* +publish +subscribe +unsubscribe +spublish +ssubscribe +sunsubscribe +ping +evalsha +eval +time +get +set (" + text + ")"
-	case strings.HasPrefix(text, "NOAUTH"), strings.HasPrefix(text, "WRONGPASS"):
+	case strings.Contains(text, "NOAUTH"), strings.Contains(text, "WRONGPASS"):
 		return "it refuses the user or password of redis.url (" + text + ")"
 	}
 	return text

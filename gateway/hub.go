@@ -48,6 +48,7 @@ type hub struct {
 	started chan struct{}       // closed once head is set
 	touched []*subscriber       // of the transaction being delivered; kept for its memory
 	partial []*subscriber       // got an earlier part of it
+	foreign int64               // the claim of batches that aren't this log's; 0: none came
 	joined  bool                // somebody did since the subscribers were last held against the collections' state
 	// checkpoints are the frames of the transaction that ends, by scope hash.
 	checkpoints map[string][]byte
@@ -78,7 +79,9 @@ func (h *hub) run(ctx context.Context) error {
 			}
 			switch {
 			case !h.apply(ctx, b):
-				h.follow(ctx)
+				if h.follow(ctx) {
+					h.disown(b)
+				}
 				looked = time.Now()
 			case time.Since(looked) < sparedMost*h.every && !h.newcomers():
 				tick.Reset(h.every)
@@ -97,8 +100,29 @@ func (h *hub) newcomers() bool {
 	return h.joined
 }
 
+// origin says whether a batch is of the log as the hub knows it, or of one that isn't this log: that of a copy of the database.
+func (h *hub) origin(b *changelog.Batch) (ours, foreign bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	ours = h.head != nil && b.History == h.head.History && b.Claim == h.head.Claim
+	return ours, !ours && b.Claim != 0 && b.Claim == h.foreign
+}
+
+// disown remembers whose batch it is, after the log was read and is another's: a claim is announced once it is committed, so
+// this one is over or was never of this log. Nobody looks at the log for its sake again.
+func (h *hub) disown(b *changelog.Batch) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if b.Claim != 0 && h.head != nil && h.head.Claim != b.Claim {
+		h.foreign = b.Claim
+	}
+}
+
 // apply hands a batch out if it continues where the hub stands; false: the log must be read.
 func (h *hub) apply(ctx context.Context, b *changelog.Batch) bool {
+	if ours, foreign := h.origin(b); !ours {
+		return foreign
+	}
 	held := h.holders(ctx, b.Operations)
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -143,20 +167,22 @@ func (h *hub) knowsLocked(entries []changelog.Entry) bool {
 	return true
 }
 
-// follow reads the log from where the hub stands to its end. It leaves the rest to the next call when the log can't be read.
-func (h *hub) follow(ctx context.Context) {
+// follow reads the log from where the hub stands to its end. It leaves the rest to the next call, and returns false, when the
+// log can't be read.
+func (h *hub) follow(ctx context.Context) bool {
 	for ctx.Err() == nil {
 		more, err := h.step(ctx)
 		if err != nil {
 			if ctx.Err() == nil && !errors.Is(err, changelog.ErrNotInitialised) {
 				h.logger.Warn("the change log can't be read; live clients wait", "error", err)
 			}
-			return
+			return false
 		}
 		if !more {
-			return
+			return true
 		}
 	}
+	return false
 }
 
 func (h *hub) step(ctx context.Context) (more bool, err error) {

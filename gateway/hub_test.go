@@ -397,8 +397,19 @@ func TestHubTakesNothingOfAnotherLog(t *testing.T) {
 	if got, _ := versions(t, s); len(got) > 0 || h.head.Version != 100 || h.seen.heard > 100 {
 		t.Errorf("a client got %v, the hub stands at %d and has heard of %d", got, h.head.Version, h.seen.heard)
 	}
-	b.Claim = 7
+	h.disown(b) // the log was read, and is another's
 	if !h.apply(t.Context(), b) {
+		t.Error("the log is looked at again and again for the sake of another's announcements")
+	}
+	if got, _ := versions(t, s); len(got) > 0 || h.head.Version != 100 {
+		t.Errorf("a client got %v, the hub stands at %d", got, h.head.Version)
+	}
+	b.Claim = 7
+	if !h.apply(t.Context(), b) || h.head.Version != 101 {
 		t.Error("its own log's is not taken")
+	}
+	h.disown(b)
+	if h.foreign == 7 {
+		t.Error("its own log is taken for another's")
 	}
 }

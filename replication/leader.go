@@ -49,6 +49,8 @@ type Leader struct {
 	o          Options
 	lookAtSlot chan struct{}     // capacity 1
 	unreadable string            // why the slot can't be read on; empty: it can
+	unreadTo   changelog.LSN     // where that slot, or the log, stood then: one that confirms more was made anew meanwhile
+	confirmed  changelog.LSN     // by the slot when last looked at
 	failure    string            // with which PostgreSQL last failed to decode
 	failures   int               // how often it has in a row
 	heldBy     string            // who holds the slot, as last logged
@@ -143,15 +145,20 @@ func (l *Leader) judgeSlot(err error) {
 	var undecodable *undecodableError
 	switch {
 	case publicationMissing(err):
-		l.unreadable = "the publication was missing for a while"
+		l.lose("the publication was missing for a while")
 	case errors.As(err, &undecodable):
 		if cause := undecodable.cause.Error(); cause != l.failure {
 			l.failure, l.failures = cause, 0
 		}
 		if l.failures++; l.failures >= undecodableTries {
-			l.unreadable = undecodable.Error()
+			l.lose(undecodable.Error())
 		}
 	}
+}
+
+// lose notes that the slot can't be read on.
+func (l *Leader) lose(why string) {
+	l.unreadable, l.unreadTo = why, max(l.confirmed, changelog.LSN(l.o.Stats.Logged.Load()))
 }
 
 // session is one tenure: take the slot, take the log over, stream until something fails.
@@ -183,7 +190,7 @@ func (l *Leader) session(ctx context.Context) error {
 	if err := start(ctx, conn, l.o.Slot, l.o.Publications); err != nil {
 		return err
 	}
-	if err := l.verify(ctx, conn.PID(), src.claim.SlotLSN); err != nil {
+	if err := l.verify(ctx, conn.PID(), &src.claim); err != nil {
 		return err
 	}
 	if err := l.refuseSynchronous(ctx, conn.PID()); err != nil {
@@ -263,17 +270,22 @@ func (l *Leader) prepare(ctx context.Context, known map[string]bool) (*sourceSta
 	if !has.Rows || !has.Events {
 		return nil, fmt.Errorf("publication %s or %s is missing: run walgate init", l.o.Publications.Rows, l.o.Publications.Events)
 	}
-	if l.unreadable != "" {
-		l.o.Logger.Warn("the slot can't be read on; making a new one, clients will resynchronise", "slot", l.o.Slot, "reason", l.unreadable)
-		if err := DropSlot(short, conn, l.o.Slot); err != nil {
-			return nil, err
-		}
-		l.unreadable, l.failures = "", 0
-	}
 	slot, err := EnsureSlot(ctx, conn, l.o.Slot, l.o.Logger, func(why error) { l.o.Stats.setState(false, why) }) // may wait for long to make one
 	if err != nil {
 		return nil, err
 	}
+	short, cancel = context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	if l.unreadable != "" && !slot.Created && slot.Confirmed <= l.unreadTo { // else another instance has made a new one
+		l.o.Logger.Warn("the slot can't be read on; making a new one, clients will resynchronise", "slot", l.o.Slot, "reason", l.unreadable)
+		if err := DropSlot(short, conn, l.o.Slot); err != nil {
+			return nil, err
+		}
+		if slot, err = EnsureSlot(ctx, conn, l.o.Slot, l.o.Logger, func(why error) { l.o.Stats.setState(false, why) }); err != nil {
+			return nil, err
+		}
+	}
+	l.unreadable, l.failures, l.confirmed = "", 0, slot.Confirmed
 	ctx, cancel = context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	s := &sourceState{claim: changelog.Claim{SlotLSN: slot.Confirmed, ConfigRevision: l.o.ConfigRevision}}
@@ -308,14 +320,17 @@ func (l *Leader) identify(ctx context.Context, conn *pgconn.PgConn, c *changelog
 }
 
 // verify makes sure, now that the slot is ours and nobody else can move it, that it is the one that was looked at, and
-// that the pool's connections reach the same server as the replication connection.
-func (l *Leader) verify(ctx context.Context, walsender uint32, confirmed changelog.LSN) error {
+// that the pool's connections reach the same server as the replication connection. Before, another instance may have led for a
+// moment: what it left in the source is read anew.
+func (l *Leader) verify(ctx context.Context, walsender uint32, c *changelog.Claim) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	var now int64
+	var now, end int64
 	var active bool
-	err := l.o.Source.QueryRow(ctx, `SELECT (confirmed_flush_lsn - '0/0')::int8, active FROM pg_replication_slots WHERE slot_name = $1 AND coalesce(active_pid, $2) = $2`,
-		l.o.Slot, int64(walsender)).Scan(&now, &active)
+	err := l.o.Source.QueryRow(ctx, `SELECT (confirmed_flush_lsn - '0/0')::int8, active, (pg_current_wal_flush_lsn() - '0/0')::int8,
+			coalesce((SELECT history FROM walgate.source), ''), coalesce((SELECT noted FROM walgate.source), 0)
+		FROM pg_replication_slots WHERE slot_name = $1 AND coalesce(active_pid, $2) = $2`,
+		l.o.Slot, int64(walsender)).Scan(&now, &active, &end, &c.Remembered, &c.Noted)
 	switch {
 	case err == nil && !active:
 		l.o.Source.Reset()
@@ -325,9 +340,10 @@ func (l *Leader) verify(ctx context.Context, walsender uint32, confirmed changel
 		return fmt.Errorf("database.url and database.replication_url reach different servers, or a pooler stands between: slot %s is read by process %d on one, and not on the other", l.o.Slot, walsender)
 	case err != nil:
 		return fmt.Errorf("read the state of slot %s: %w", l.o.Slot, err)
-	case changelog.LSN(now) != confirmed:
-		return fmt.Errorf("slot %s moved from %s to %s while it was taken: looking again", l.o.Slot, confirmed, changelog.LSN(now))
+	case changelog.LSN(now) != c.SlotLSN:
+		return fmt.Errorf("slot %s moved from %s to %s while it was taken: looking again", l.o.Slot, c.SlotLSN, changelog.LSN(now))
 	}
+	c.SourceEnd = max(c.SourceEnd, changelog.LSN(end))
 	return nil
 }
 

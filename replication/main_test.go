@@ -61,6 +61,7 @@ type setup struct {
 
 // source is a source with a leader that tails it into a log.
 type source struct {
+	lost    func(*Leader) // nil, or what the next leader remembers
 	t       testing.TB
 	dsn     string
 	slot    string
@@ -155,6 +156,9 @@ func (s *source) launch() {
 	s.bus, s.stats = changelog.NewMemoryBus(), &Stats{}
 	leader := NewLeader(Options{Source: s.pool, ReplicationURL: s.linked, timing: s.timing, fillRows: s.rows, Slot: s.slot, Publications: schema.PublicationsFor("walgate"),
 		MaxSlotLag: cmp.Or(s.maxLag, 1<<40), Log: s.log, Bus: s.bus, Watcher: s.watcher, Stats: s.stats, Logger: slog.New(slog.NewTextHandler(s.logged, nil))})
+	if s.lost != nil {
+		s.lost(leader)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {

@@ -8,6 +8,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/walgate/walgate/internal/pgserver"
+
+	"github.com/walgate/walgate/changelog"
 )
 
 // TestSilentSourceIsAskedForLife: a source where nothing happens sends nothing of its own while statuses reach it, so the
@@ -132,7 +134,7 @@ func TestUndecodableWALIsALostSlot(t *testing.T) {
 	t.Parallel()
 	s := &stream{received: 0x12}
 	for code, lost := range map[string]bool{"22P03": true, "XX000": true, "57P01": false, "53100": false, "58030": false, "": true} {
-		l := &Leader{}
+		l := &Leader{o: Options{Stats: &Stats{}}}
 		err := s.ended(&pgconn.PgError{Code: code})
 		for n := range undecodableTries {
 			if l.unreadable != "" {
@@ -145,11 +147,38 @@ func TestUndecodableWALIsALostSlot(t *testing.T) {
 			t.Errorf("%q: unreadable because %q", code, l.unreadable)
 		}
 	}
-	l := &Leader{}
+	l := &Leader{o: Options{Stats: &Stats{}}}
 	for n := range 3 * undecodableTries {
 		l.judgeSlot(s.ended(&pgconn.PgError{Code: "XX000", Message: []string{"a", "b"}[n%2]}))
 	}
 	if l.unreadable != "" {
 		t.Error("failures of different kinds count together")
+	}
+}
+
+// TestLostSlotIsMadeAnewOnce: several instances may find that a slot can't be read on. One makes a new one; the others, whenever
+// they come to lead, leave that one alone.
+func TestLostSlotIsMadeAnewOnce(t *testing.T) {
+	t.Parallel()
+	s := newSource(t, setup{})
+	s.exec(`INSERT INTO items VALUES (1)`)
+	history := s.settle().History
+	for _, made := range []bool{true, false} { // anew by another instance after this one had found it unreadable
+		logged := s.settle().LSN
+		s.stop()
+		confirmed := changelog.LSN(query[int64](s, `SELECT (confirmed_flush_lsn - '0/0')::int8 FROM pg_replication_slots WHERE slot_name = $1`, s.slot))
+		s.lost = func(l *Leader) {
+			if l.unreadable, l.unreadTo = "its WAL can't be decoded", confirmed-1; !made {
+				l.unreadTo = logged // the slot may confirm as much by its last leader's last word
+			}
+		}
+		s.launch()
+		s.exec(`INSERT INTO items VALUES (2)`)
+		s.await("it leads", s.leads)
+		now := s.settle().History
+		if (now == history) != made {
+			t.Errorf("made anew by another: %t; history %s after %s", made, now, history)
+		}
+		s.exec(`DELETE FROM items WHERE id = 2`)
 	}
 }

@@ -25,7 +25,7 @@ func SigningKey(ctx context.Context, source *pgxpool.Pool) ([]byte, error) {
 	return key, nil
 }
 
-// Installation returns a name that all instances on this source share, and that nobody else can guess: 16 hex digits. It goes
+// Installation returns a name that all instances on this source share and no other installation has: 16 hex digits. It goes
 // with the source: a copy of the database has the same one.
 func Installation(ctx context.Context, source *pgxpool.Pool) (string, error) {
 	key, err := SigningKey(ctx, source)
