@@ -100,7 +100,7 @@ func TestStatus(t *testing.T) {
 	w.gateway.rewrite("auto_init: true", "auto_init: true\nredis: {url: "+redisserver.StartForTest(t, redisserver.Options{}).URL()+"}")
 	w.shows([]string{}, "ok       redis")
 	w.gateway.rewrite("redis://", "redis://nobody:")
-	w.shows([]string{"redis"}, "nothing is lost: instances read the change log once a second")
+	w.shows([]string{"redis"}, "nothing is lost: instances look at the change log four times a second")
 	w.gateway.rewrite("redis: {url", "# redis: {url")
 
 	w.gateway.rewrite("auto_init: true", "auto_init: true\nconfig_revision: 3")

@@ -193,7 +193,8 @@ func TestDeposedLeaderWritesNothing(t *testing.T) {
 			second, _ := restart(t, l, nil)
 			q := NewQueue(1000)
 			q.TryPut(p)
-			if err := first.Run(t.Context(), q); !errors.Is(err, ErrDeposed) {
+			err := first.Run(t.Context(), q)
+			if err == nil || state != "in a transaction" && !errors.Is(err, ErrDeposed) { // there the second one has ended its session, which would hold up others
 				t.Errorf("the deposed appender ended with %v, want ErrDeposed", err)
 			}
 			first.Close()

@@ -86,6 +86,13 @@ type farBus struct {
 	gone int // messages
 }
 
+// losses are the messages that didn't come.
+func (f *farBus) losses() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.gone
+}
+
 func (f *farBus) Subscribe(ctx context.Context) <-chan *changelog.Batch {
 	in := f.Bus.Subscribe(ctx)
 	f.out = make(chan *changelog.Batch, 1024)

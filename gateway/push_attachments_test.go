@@ -159,25 +159,30 @@ func TestPushWaitsForPublishing(t *testing.T) {
 	}
 
 	// The push first: the upload waits for it, so that its event comes after the row, and withholds.
-	row, err := e.db.Begin(t.Context()) // holds the push up behind its own lock
+	named, second := "y", "z" // in the order in which a push locks them
+	if blobstore.LockKey(named) > blobstore.LockKey(second) {
+		named, second = second, named
+	}
+	row, err := e.db.Begin(t.Context()) // holds the push up behind its first lock
 	ok(t, err)
 	defer row.Rollback(context.Background())
-	_, err = row.Exec(t.Context(), `LOCK TABLE walgate.files IN ACCESS EXCLUSIVE MODE`)
+	_, err = row.Exec(t.Context(), `SELECT pg_advisory_xact_lock($1)`, blobstore.LockKey(second))
 	ok(t, err)
 	go func() {
-		pushed <- e.post(t, "/sync/push", eve, strings.NewReader(`{"client_id":"phone","changes":[`+strings.Replace(change, `"x"`, `"y"`, 1)+`]}`))
+		pushed <- e.post(t, "/sync/push", eve, strings.NewReader(`{"client_id":"phone","changes":[`+strings.Replace(change, `"x"`, `"`+named+`"`, 1)+`,`+
+			sheet("upsert", 2, `"owner":"eve","photo":"`+second+`"`)+`]}`))
 	}()
 	e.blocked(t)
 	published := make(chan error, 1)
 	go func() {
-		err := e.filed("y", "bob", "u")
-		if err == nil && e.one(t, `SELECT photo FROM sheets WHERE id = 1`) != "y" {
+		err := e.filed(named, "bob", "u")
+		if err == nil && e.one(t, `SELECT photo FROM sheets WHERE id = 1`) != named {
 			err = errors.New("the upload went on before the push had committed")
 		}
 		published <- err
 	}()
 	eventually(t, "the upload waits", func() bool {
-		return e.one(t, `SELECT count(*)::text FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`) == "1"
+		return e.one(t, `SELECT count(*)::text FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`) == "2" // behind the push, which waits too
 	})
 	ok(t, row.Commit(t.Context()))
 	if a := <-pushed; a.status != 200 || strings.Contains(string(a.body), "rejected") {
@@ -189,7 +194,7 @@ func TestPushWaitsForPublishing(t *testing.T) {
 	for _, key := range e.caller(t, "eve", nil).ReadableScopes() {
 		keys = append(keys, key)
 	}
-	held, err := e.log.Held(t.Context(), [][16]byte{policies.AttachmentKey([]byte("y"))}, keys)
+	held, err := e.log.Held(t.Context(), [][16]byte{policies.AttachmentKey([]byte(named))}, keys)
 	ok(t, err)
 	if h := held[0]; !h.Within || h.Readable || h.Known {
 		t.Errorf("a file whose id was named first by who may not have it: %+v", h)
