@@ -285,7 +285,10 @@ func (l *Leader) prepare(ctx context.Context, known map[string]bool) (*sourceSta
 			return nil, err
 		}
 	}
-	l.unreadable, l.failures, l.confirmed = "", 0, slot.Confirmed
+	l.confirmed = slot.Confirmed
+	if l.unreadable != "" {
+		l.unreadable, l.failures = "", 0
+	}
 	ctx, cancel = context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	s := &sourceState{claim: changelog.Claim{SlotLSN: slot.Confirmed, ConfigRevision: l.o.ConfigRevision}}

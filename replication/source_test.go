@@ -181,4 +181,15 @@ func TestLostSlotIsMadeAnewOnce(t *testing.T) {
 		}
 		s.exec(`DELETE FROM items WHERE id = 2`)
 	}
+
+	// What was counted so far outlives a session: it takes several to tell.
+	s.stop()
+	var leader *Leader
+	s.lost = func(l *Leader) { leader, l.failures = l, 3 }
+	s.launch()
+	s.await("it leads", s.leads)
+	s.stop()
+	if leader.failures != 3 {
+		t.Errorf("%d failures are remembered, want 3", leader.failures)
+	}
 }
