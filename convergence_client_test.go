@@ -81,6 +81,7 @@ type syncClient struct {
 	names   []string                       // the collections that it asks for
 	whole   func(c *syncClient, r replica) // what must hold of every stored state; nil: nothing
 	pace    time.Duration                  // pause between two steps
+	told    bool                           // begins anew only when told to
 	rng     *rand.Rand
 	http    *http.Client
 	replica replica
@@ -120,7 +121,7 @@ func (c *syncClient) run(ctx context.Context) {
 		switch n := c.rng.IntN(12); {
 		case c.replica.cursor == "" || len(c.lost) > 0:
 			err = c.resync(ctx)
-		case n == 0:
+		case n == 0 && !c.told:
 			c.lost = c.names
 			err = c.resync(ctx)
 		case n == 1:

@@ -71,7 +71,7 @@ func followSource(t *testing.T, server *pgserver.Server, storage string) *follow
 
 func (w *followedSource) client(name string, seed uint64) *syncClient {
 	c := newSyncClient(w.t, w.config, w.gateway.base, name, `{"sub":"u0","roles":[]}`, rand.New(rand.NewPCG(5, seed)))
-	c.names = []string{"docs"}
+	c.names, c.told = []string{"docs"}, true // so a resync that is counted is one that the gateway asked for
 	return c
 }
 
