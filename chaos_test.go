@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/walgate/walgate/internal/built"
 	"github.com/walgate/walgate/internal/chaos"
 )
 
@@ -84,7 +85,7 @@ func TestChaosCommand(t *testing.T) {
 	t.Parallel()
 	f := chaosFiles(t, chaosTestConfig, chaosTestSQL)
 	var err error
-	if f.binary, err = builtGateway(); err != nil {
+	if f.binary, err = built.Gateway(); err != nil {
 		t.Fatal(err)
 	}
 	var out, say bytes.Buffer

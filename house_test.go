@@ -23,6 +23,7 @@ var fences = map[string]struct{ ours, libraries []string }{
 	"schema":               {ours: []string{"internal/migrate"}},
 	"blobstore":            {ours: []string{"internal/failpoint"}, libraries: []string{"gocloud.dev/", "github.com/aws/", "cloud.google.com/", "github.com/Azure/"}},
 	"internal/badlink":     {},
+	"internal/built":       {},
 	"internal/chaos":       {ours: []string{"changelog", "internal/badlink", "internal/failpoint", "internal/pgserver", "internal/redisserver", "policies", "schema"}},
 	"internal/failpoint":   {},
 	"internal/migrate":     {},

@@ -1,12 +1,12 @@
 package main
 
 import (
-	"fmt"
 	"os"
 	"testing"
 
 	"go.uber.org/goleak"
 
+	"github.com/walgate/walgate/internal/built"
 	"github.com/walgate/walgate/internal/pgserver"
 )
 
@@ -15,9 +15,5 @@ func TestMain(m *testing.M) {
 	code := pgserver.Main(m,
 		goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.(*workerPool).Start.func2"),
 		goleak.IgnoreAnyFunction("github.com/valyala/fasthttp.updateServerDate.func1"))
-	if err := os.RemoveAll(builtGatewayDir); err != nil {
-		fmt.Fprintln(os.Stderr, "remove the gateway that the tests built:", err)
-		code = max(code, 1)
-	}
-	os.Exit(code)
+	os.Exit(built.Remove(code))
 }

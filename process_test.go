@@ -9,30 +9,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/walgate/walgate/internal/built"
 	"github.com/walgate/walgate/internal/failpoint"
 	"github.com/walgate/walgate/internal/pgserver"
 )
-
-// builtGatewayDir is removed by TestMain.
-var builtGatewayDir string
-
-// builtGateway builds the command once for all tests, with the points at which it can be told to die.
-var builtGateway = sync.OnceValues(func() (path string, err error) {
-	if builtGatewayDir, err = os.MkdirTemp("", "walgate-built-"); err != nil {
-		return "", err
-	}
-	path = filepath.Join(builtGatewayDir, "walgate")
-	args := append(append([]string{"build"}, buildFlags...), "-o", path, ".")
-	if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build: %w\n%s", err, out)
-	}
-	return path, nil
-})
 
 // gatewayProcess is the gateway as a process of its own, to be stopped and killed.
 type gatewayProcess struct {
@@ -50,7 +34,7 @@ type gatewayProcess struct {
 // returns a gateway that is yet to be started, and its configuration as read. Cleanup ends it.
 func newGatewayProcess(t *testing.T, config string) (*gatewayProcess, *Config) {
 	t.Helper()
-	binary, err := builtGateway()
+	binary, err := built.Gateway()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -44,18 +44,11 @@ const giantBytes = 50_000_000
 
 // runGiant reports the memory that one giant row takes on each way. Each step begins with what the one before left.
 func runGiant(ctx context.Context, b *bench) (results []result, err error) {
-	d, err := b.newDatabase(ctx, open)
+	d, since, err := b.servedDatabase(ctx, open)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, d.drop(ctx)) }()
-	if err := d.caughtUp(ctx); err != nil {
-		return nil, err
-	}
-	since, err := d.gateway.anyonesPosition(ctx)
-	if err != nil {
-		return nil, err
-	}
 	measure := func(name string, do func() error) error {
 		d.gateway.forgetPeak()
 		before, began := d.gateway.memory(), time.Now()

@@ -36,18 +36,11 @@ func runOne(ctx context.Context, b *bench) ([]result, error) {
 type oneOf struct{ p50, p99, cpu float64 } // milliseconds
 
 func (b *bench) oneOf(ctx context.Context, n int) (_ *oneOf, err error) {
-	d, err := b.newDatabase(ctx, scoped)
+	d, since, err := b.servedDatabase(ctx, scoped)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, d.drop(ctx)) }()
-	if err := d.caughtUp(ctx); err != nil {
-		return nil, err
-	}
-	since, err := d.gateway.anyonesPosition(ctx)
-	if err != nil {
-		return nil, err
-	}
 	watch := newStopwatch(oneChanges)
 	watch.owners = n
 	clients, err := newSockets(watch.arrive)

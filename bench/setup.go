@@ -140,6 +140,22 @@ func (b *bench) newDatabase(ctx context.Context, policy string) (*database, erro
 	return d, d.install(ctx)
 }
 
+// servedDatabase is newDatabase with a gateway that has read all of it, and everybody's position at its end.
+func (b *bench) servedDatabase(ctx context.Context, policy string) (*database, string, error) {
+	d, err := b.newDatabase(ctx, policy)
+	if err != nil {
+		return nil, "", err
+	}
+	since := ""
+	if err = d.caughtUp(ctx); err == nil {
+		since, err = d.gateway.anyonesPosition(ctx)
+	}
+	if err != nil {
+		return nil, "", errors.Join(err, d.drop(ctx))
+	}
+	return d, since, nil
+}
+
 // emptyDatabase makes a database with the table only.
 func (b *bench) emptyDatabase(ctx context.Context, policy string) (*database, error) {
 	b.count++

@@ -22,18 +22,11 @@ const slowRowsSQL = `INSERT INTO items (owner, title, body)
 // all. Then as many subscribe from the beginning and stand still while they catch up. The sockets take next to nothing
 // by themselves, so that it is walgate that must do something about them.
 func runSlow(ctx context.Context, b *bench) (results []result, err error) {
-	d, err := b.newDatabase(ctx, scoped)
+	d, since, err := b.servedDatabase(ctx, scoped)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, d.drop(ctx)) }()
-	if err := d.caughtUp(ctx); err != nil {
-		return nil, err
-	}
-	since, err := d.gateway.anyonesPosition(ctx)
-	if err != nil {
-		return nil, err
-	}
 	s := &slowReaders{d: d, n: b.sockets / 2 / slowOwners * slowOwners, changes: b.of(100_000) / slowOwners * slowOwners, since: since}
 	live, err := s.standStillLive(ctx)
 	if err != nil {

@@ -39,18 +39,11 @@ func runStorm(ctx context.Context, b *bench) ([]result, error) {
 }
 
 func (b *bench) largeStorm(ctx context.Context) (results []result, err error) {
-	d, err := b.newDatabase(ctx, open)
+	d, since, err := b.servedDatabase(ctx, open)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, d.drop(ctx)) }()
-	if err := d.caughtUp(ctx); err != nil {
-		return nil, err
-	}
-	since, err := d.gateway.anyonesPosition(ctx)
-	if err != nil {
-		return nil, err
-	}
 	_, err = d.Exec(ctx, fmt.Sprintf(`INSERT INTO items (owner, title, body)
 		SELECT 1, 'large', left(repeat(md5(i::text), %d), %d) FROM generate_series(1, %d) AS i`, largeDocument/32+1, largeDocument, largeChanges))
 	if err != nil {

@@ -1,7 +1,6 @@
 package blobstore
 
 import (
-	"context"
 	"errors"
 	"testing"
 	"time"
@@ -16,23 +15,7 @@ func TestCareIsTakenOver(t *testing.T) {
 	key := c.key("photo")
 	c.round(RoundOptions{})
 	c.age()
-	inside, done := make(chan struct{}), make(chan struct{})
-	c.names.passes, c.names.onPass = 0, func(n int) {
-		if n == 1 {
-			close(inside)
-			<-done
-		}
-	}
-	first := make(chan error, 1)
-	go func() {
-		_, err := c.care.Round(context.WithoutCancel(t.Context()), RoundOptions{})
-		first <- err
-	}()
-	<-inside
-	other := caringOf(t, c.fixture)
-	if _, err := other.care.Round(t.Context(), RoundOptions{}); !errors.Is(err, ErrCareBusy) {
-		t.Errorf("a second round beside the first: %v", err)
-	}
+	first, other, done := c.heldRound()
 	var ended bool
 	if err := c.pool.QueryRow(t.Context(), `SELECT bool_and(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory'
 		AND classid::bigint << 32 | objid::bigint = $1 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`, int64(careLock)).Scan(&ended); err != nil || !ended {

@@ -356,27 +356,34 @@ func (c *caring) bulk(n int) {
 	c.exec(`UPDATE walgate.care SET reconciled_at = now()`)
 }
 
-func TestOneInstanceAtATime(t *testing.T) {
-	t.Parallel()
-	c := newCaring(t)
-	c.file("photo", "bytes")
+// heldRound begins a round that stands still until done is closed, and has another instance find that it is under way.
+func (c *caring) heldRound() (first <-chan error, other *caring, done chan struct{}) {
+	c.t.Helper()
 	inside, done := make(chan struct{}), make(chan struct{})
-	c.names.onPass = func(n int) {
+	c.names.passes, c.names.onPass = 0, func(n int) {
 		if n == 1 {
 			close(inside)
 			<-done
 		}
 	}
-	first := make(chan error, 1)
+	ended := make(chan error, 1)
 	go func() {
-		_, err := c.care.Round(context.WithoutCancel(t.Context()), RoundOptions{})
-		first <- err
+		_, err := c.care.Round(context.WithoutCancel(c.t.Context()), RoundOptions{})
+		ended <- err
 	}()
 	<-inside
-	other := caringOf(t, c.fixture)
-	if _, err := other.care.Round(t.Context(), RoundOptions{}); !errors.Is(err, ErrCareBusy) {
-		t.Errorf("a second round beside the first: %v", err)
+	other = caringOf(c.t, c.fixture)
+	if _, err := other.care.Round(c.t.Context(), RoundOptions{}); !errors.Is(err, ErrCareBusy) {
+		c.t.Errorf("a second round beside the first: %v", err)
 	}
+	return ended, other, done
+}
+
+func TestOneInstanceAtATime(t *testing.T) {
+	t.Parallel()
+	c := newCaring(t)
+	c.file("photo", "bytes")
+	first, other, done := c.heldRound()
 	if r := other.round(RoundOptions{DryRun: true}); r.Sweep.Noted.Files != 1 {
 		t.Errorf("a dry run beside it: %+v", r.Sweep)
 	}

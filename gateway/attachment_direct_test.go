@@ -36,7 +36,7 @@ func TestAttachmentDirect(t *testing.T) { // not parallel: the SDK finds credent
 		Headers map[string]string
 	}
 	ask := func(id, token, content string) (l link) {
-		a := e.post(t, "/attachments/"+id+"/upload-url", token, strings.NewReader(fmt.Sprintf(`{"size":%d,"content_type":"image/png","sha256":%q}`, len(content), hexText(sha(content)))))
+		a := e.post(t, "/attachments/"+id+"/upload-url", token, fmt.Sprintf(`{"size":%d,"content_type":"image/png","sha256":%q}`, len(content), hexText(sha(content))))
 		if a.status != 200 || json.Unmarshal(a.body, &l) != nil || !strings.HasPrefix(l.URL, bucket.URL) {
 			t.Fatalf("%s: %d %s", id, a.status, a.body)
 		}
@@ -56,7 +56,7 @@ func TestAttachmentDirect(t *testing.T) { // not parallel: the SDK finds credent
 		return res.StatusCode
 	}
 	complete := func(id, token string, l link) *answer {
-		return e.post(t, "/attachments/"+id+"/upload-complete", token, strings.NewReader(fmt.Sprintf(`{"upload_id":%q}`, l.ID)))
+		return e.post(t, "/attachments/"+id+"/upload-complete", token, fmt.Sprintf(`{"upload_id":%q}`, l.ID))
 	}
 	l := ask("a", ana, "hello")
 	complete("a", ana, l).problem(t, InvalidRequest) // nothing is there yet
@@ -78,7 +78,7 @@ func TestAttachmentDirect(t *testing.T) { // not parallel: the SDK finds credent
 	write(l, "hallo") // the URL is still good, for nobody
 	e.get(t, "/attachments/a", ana).bytesAre(t, 200, "hello")
 	e.exec(t, `UPDATE walgate.files SET unreferenced_since = now() - interval '1 day'`)
-	if a := e.post(t, "/attachments/a/upload-url", ana, strings.NewReader(fmt.Sprintf(`{"size":5,"sha256":%q}`, hexText(sha("hello"))))); a.status != 200 || !strings.Contains(string(a.body), `"status":"success"`) {
+	if a := e.post(t, "/attachments/a/upload-url", ana, fmt.Sprintf(`{"size":5,"sha256":%q}`, hexText(sha("hello")))); a.status != 200 || !strings.Contains(string(a.body), `"status":"success"`) {
 		t.Errorf("the same again: %d %s", a.status, a.body)
 	}
 	if old := e.one(t, `SELECT count(unreferenced_since)::text FROM walgate.files`); old != "0" {
@@ -96,17 +96,17 @@ func TestAttachmentDirect(t *testing.T) { // not parallel: the SDK finds credent
 	e.sync(t)
 	complete("lost", ana, lost).problem(t, AttachmentExists)
 	var short link // without a digest
-	ok(t, json.Unmarshal(e.post(t, "/attachments/short/upload-url", ana, strings.NewReader(`{"size":5}`)).body, &short))
+	ok(t, json.Unmarshal(e.post(t, "/attachments/short/upload-url", ana, `{"size":5}`).body, &short))
 	write(short, "hell")
 	complete("short", ana, short).problem(t, DigestMismatch)
 	for body, code := range map[string]Code{`{}`: InvalidRequest, `{"size":-1}`: InvalidRequest, `{"size":1,"sha256":"x"}`: InvalidRequest, `{"size":901}`: RequestTooLarge, `nonsense`: InvalidRequest, `{"size":1,"content_type":"x"}`: AttachmentTypeRefused} {
-		e.post(t, "/attachments/x/upload-url", ana, strings.NewReader(body)).problem(t, code)
+		e.post(t, "/attachments/x/upload-url", ana, body).problem(t, code)
 	}
-	e.post(t, "/attachments/x/upload-url", reader(t, "ana"), strings.NewReader(`{"size":1}`)).problem(t, Forbidden)
-	e.post(t, "/attachments/a/upload-url", ben, strings.NewReader(`{"size":1}`)).problem(t, AttachmentExists)
-	e.post(t, "/attachments/a/upload-url", ben, strings.NewReader(fmt.Sprintf(`{"size":5,"sha256":%q}`, hexText(sha("hello"))))).problem(t, AttachmentExists)
+	e.post(t, "/attachments/x/upload-url", reader(t, "ana"), `{"size":1}`).problem(t, Forbidden)
+	e.post(t, "/attachments/a/upload-url", ben, `{"size":1}`).problem(t, AttachmentExists)
+	e.post(t, "/attachments/a/upload-url", ben, fmt.Sprintf(`{"size":5,"sha256":%q}`, hexText(sha("hello")))).problem(t, AttachmentExists)
 	ask("first", ana, strings.Repeat("x", 900))
-	e.post(t, "/attachments/second/upload-url", ana, strings.NewReader(`{"size":100}`)).problem(t, QuotaExceeded)
+	e.post(t, "/attachments/second/upload-url", ana, `{"size":100}`).problem(t, QuotaExceeded)
 	a := e.get(t, "/attachments/a/download-url", ana)
 	ok(t, json.Unmarshal(a.body, &l))
 	res, err := http.DefaultClient.Get(l.URL)
@@ -122,7 +122,7 @@ func TestAttachmentDirectUnavailable(t *testing.T) {
 	t.Parallel()
 	for _, direct := range []bool{false, true} {
 		e := newBytesEnv(t, "", setup{options: func(o *Options) { o.AttachmentDirect = direct }})
-		e.post(t, "/attachments/a/upload-url", editor(t, "ana"), strings.NewReader(`{"size":1}`)).problem(t, DirectUnavailable)
+		e.post(t, "/attachments/a/upload-url", editor(t, "ana"), `{"size":1}`).problem(t, DirectUnavailable)
 		e.tidy(t, 0)
 		e.put(t, "a", editor(t, "ana"), "x").created(t)
 		e.link(t, "a", editor(t, "ana"))

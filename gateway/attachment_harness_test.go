@@ -2,11 +2,8 @@ package gateway
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"encoding/json"
-	"fmt"
-	"io"
 	"net/http"
 	"strings"
 	"testing"
@@ -59,34 +56,6 @@ func editor(t testing.TB, sub string) string {
 
 func reader(t testing.TB, sub string) string {
 	return tokenFor(t, sub, map[string]any{"roles": []string{"reader"}})
-}
-
-// send sends a request with a body and holds the answer against the OpenAPI document.
-func (e *env) send(t testing.TB, method, path, token string, body io.Reader, headers ...string) *answer {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, method, e.base+path, body)
-	ok(t, err)
-	if token != "" {
-		req.Header.Set("Authorization", "Bearer "+token)
-	}
-	for i := 0; i+1 < len(headers); i += 2 {
-		if headers[i] == "Content-Length" {
-			_, err := fmt.Sscan(headers[i+1], &req.ContentLength)
-			ok(t, err)
-			continue
-		}
-		req.Header.Add(headers[i], headers[i+1])
-	}
-	res, err := e.client.Do(req)
-	ok(t, err)
-	defer res.Body.Close()
-	text, err := io.ReadAll(res.Body)
-	ok(t, err)
-	a := &answer{res.StatusCode, res.Header, text}
-	checkAnswer(t, req, a)
-	return a
 }
 
 // put uploads a text.

@@ -289,22 +289,36 @@ func (e *env) get(t testing.TB, path, token string, headers ...string) *answer {
 
 func (e *env) do(t testing.TB, method, path, token string, headers ...string) *answer {
 	t.Helper()
+	return e.send(t, method, path, token, nil, headers...)
+}
+
+// send sends a request with a body and holds the answer against the OpenAPI document.
+func (e *env) send(t testing.TB, method, path, token string, body io.Reader, headers ...string) *answer {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, method, e.base+path, nil)
+	req, err := http.NewRequestWithContext(ctx, method, e.base+path, body)
 	ok(t, err)
 	if token != "" {
 		req.Header.Set("Authorization", "Bearer "+token)
 	}
 	for i := 0; i+1 < len(headers); i += 2 {
-		req.Header.Set(headers[i], headers[i+1])
+		switch name := headers[i]; name {
+		case "Content-Length":
+			_, err := fmt.Sscan(headers[i+1], &req.ContentLength)
+			ok(t, err)
+		case "Content-Type": // a later one replaces an earlier one
+			req.Header.Set(name, headers[i+1])
+		default:
+			req.Header.Add(name, headers[i+1])
+		}
 	}
 	res, err := e.client.Do(req)
 	ok(t, err)
 	defer res.Body.Close()
-	body, err := io.ReadAll(res.Body)
+	text, err := io.ReadAll(res.Body)
 	ok(t, err)
-	a := &answer{res.StatusCode, res.Header, body}
+	a := &answer{res.StatusCode, res.Header, text}
 	checkAnswer(t, req, a)
 	return a
 }

@@ -6,7 +6,6 @@ import (
 	"math/rand/v2"
 	"reflect"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -106,7 +105,7 @@ func TestManifestIdlePolls(t *testing.T) {
 	e.exec(t, `UPDATE photos SET file = NULL WHERE id = 1`)
 	e.sync(t)
 	e.exec(t, `ALTER TABLE walgate.attachment_operations RENAME TO hidden`)
-	e.post(t, "/attachments/manifest", a, strings.NewReader(fmt.Sprintf(`{"client_id":"c","since_version":%d}`, idle.Current))).problem(t, LogUnavailable)
+	e.post(t, "/attachments/manifest", a, fmt.Sprintf(`{"client_id":"c","since_version":%d}`, idle.Current)).problem(t, LogUnavailable)
 	e.exec(t, `ALTER TABLE walgate.hidden RENAME TO attachment_operations`)
 	if m := e.manifest(t, a, "c", idle.Current, 0); m.brief() != "delete a.jpg" {
 		t.Errorf("something new: %s", m.brief())

@@ -161,7 +161,7 @@ func (e *env) manifest(t testing.TB, token, client string, since int64, limit in
 	if limit > 0 {
 		body += fmt.Sprintf(`,"limit":%d`, limit)
 	}
-	a := e.post(t, "/attachments/manifest", token, strings.NewReader(body+"}"))
+	a := e.post(t, "/attachments/manifest", token, body+"}")
 	if a.status != http.StatusOK {
 		t.Fatalf("manifest: %d %s", a.status, a.body)
 	}

@@ -26,7 +26,7 @@ func TestManifestRequests(t *testing.T) {
 		`{"client_id":"c","since_version":null}`:   {"since_version"},
 		`{"client_id":null,"since_version":false}`: {"client_id", "since_version"},
 	} {
-		p := e.post(t, "/attachments/manifest", a, strings.NewReader(body)).problem(t, InvalidRequest)
+		p := e.post(t, "/attachments/manifest", a, body).problem(t, InvalidRequest)
 		var got []string
 		for _, f := range p.Errors {
 			got = append(got, f.Field)
@@ -35,7 +35,7 @@ func TestManifestRequests(t *testing.T) {
 			t.Errorf("%s: faults of %v, want %v", body, got, want)
 		}
 	}
-	e.post(t, "/attachments/manifest", a, strings.NewReader(`not json`)).problem(t, InvalidRequest)
+	e.post(t, "/attachments/manifest", a, `not json`).problem(t, InvalidRequest)
 	if n := e.one(t, `SELECT count(*)::text FROM walgate.manifests`); n != "0" {
 		t.Errorf("%s clients are remembered", n)
 	}
@@ -258,7 +258,7 @@ func TestManifestUnavailable(t *testing.T) {
 	e.sync(t)
 	for table, code := range map[string]Code{"attachment_operations": LogUnavailable, "manifests": SourceUnavailable} {
 		e.exec(t, fmt.Sprintf(`ALTER TABLE walgate.%s RENAME TO hidden`, table))
-		p := e.post(t, "/attachments/manifest", a, strings.NewReader(`{"client_id":"c","since_version":0}`)).problem(t, code)
+		p := e.post(t, "/attachments/manifest", a, `{"client_id":"c","since_version":0}`).problem(t, code)
 		if strings.Contains(p.Detail, "walgate") || !p.Retryable {
 			t.Errorf("%+v", p)
 		}

@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"strings"
 	"testing"
 )
 
@@ -11,7 +10,7 @@ func TestManifestNotReady(t *testing.T) {
 	e := newFileEnv(t, setup{})
 	a := tokenFor(t, "a", nil)
 	ask := func(client string) *answer {
-		return e.post(t, "/attachments/manifest", a, strings.NewReader(`{"client_id":"`+client+`","since_version":0}`))
+		return e.post(t, "/attachments/manifest", a, `{"client_id":"`+client+`","since_version":0}`)
 	}
 	for _, what := range []string{"collection = 0", "collection = (SELECT id FROM walgate.collections WHERE name = 'photos')"} {
 		e.exec(t, `UPDATE walgate.attachment_fills SET done = false WHERE `+what)
@@ -35,7 +34,7 @@ func TestManifestOfAStoppedCollection(t *testing.T) {
 	t.Parallel()
 	e := newFileEnv(t, setup{})
 	ask := func() *answer {
-		return e.post(t, "/attachments/manifest", tokenFor(t, "a", nil), strings.NewReader(`{"client_id":"one","since_version":0}`))
+		return e.post(t, "/attachments/manifest", tokenFor(t, "a", nil), `{"client_id":"one","since_version":0}`)
 	}
 	e.exec(t, `UPDATE walgate.collections SET stopped = 'a test' WHERE name = 'photos'`)
 	ask().problem(t, CollectionUnavailable)

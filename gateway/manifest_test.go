@@ -36,7 +36,7 @@ func TestManifestExample(t *testing.T) {
 	e.exec(t, `UPDATE photos SET file = $1 WHERE id = 2`, photo)
 	e.exec(t, `UPDATE photos SET file = NULL WHERE id = 1`)
 	e.sync(t)
-	res := e.post(t, "/attachments/manifest", a, strings.NewReader(fmt.Sprintf(`{"client_id": "mobile-app-123", "since_version": %d, "app_version": "1"}`, first.Current)))
+	res := e.post(t, "/attachments/manifest", a, fmt.Sprintf(`{"client_id": "mobile-app-123", "since_version": %d, "app_version": "1"}`, first.Current))
 	var got map[string]any
 	d := json.NewDecoder(strings.NewReader(string(res.body)))
 	d.UseNumber()
@@ -127,7 +127,7 @@ func TestManifestAccess(t *testing.T) {
 	}})
 	const body = `{"client_id":"phone","since_version":0}`
 	ask := func(token, body string) *answer {
-		return e.post(t, "/attachments/manifest", token, strings.NewReader(body))
+		return e.post(t, "/attachments/manifest", token, body)
 	}
 	ask("", body).problem(t, InvalidToken)
 	ask("nonsense", body).problem(t, InvalidToken)

@@ -148,7 +148,7 @@ func TestPushWaitsForPublishing(t *testing.T) {
 	ok(t, err)
 	pushed := make(chan *answer, 1)
 	go func() {
-		pushed <- e.post(t, "/sync/push", eve, strings.NewReader(`{"client_id":"phone","changes":[`+change+`]}`))
+		pushed <- e.post(t, "/sync/push", eve, `{"client_id":"phone","changes":[`+change+`]}`)
 	}()
 	e.blocked(t)
 	_, err = tx.Exec(t.Context(), `INSERT INTO walgate.files (attachment_id, event_id, state, storage_key, size, content_type, sha256, subject) VALUES ('x', 1, 'u', 'walgate/x', 1, 'x/y', '\x00', 'bob')`)
@@ -169,8 +169,8 @@ func TestPushWaitsForPublishing(t *testing.T) {
 	_, err = row.Exec(t.Context(), `SELECT pg_advisory_xact_lock($1)`, blobstore.LockKey(second))
 	ok(t, err)
 	go func() {
-		pushed <- e.post(t, "/sync/push", eve, strings.NewReader(`{"client_id":"phone","changes":[`+strings.Replace(change, `"x"`, `"`+named+`"`, 1)+`,`+
-			sheet("upsert", 2, `"owner":"eve","photo":"`+second+`"`)+`]}`))
+		pushed <- e.post(t, "/sync/push", eve, `{"client_id":"phone","changes":[`+strings.Replace(change, `"x"`, `"`+named+`"`, 1)+`,`+
+			sheet("upsert", 2, `"owner":"eve","photo":"`+second+`"`)+`]}`)
 	}()
 	e.blocked(t)
 	published := make(chan error, 1)
@@ -268,7 +268,7 @@ func TestPushAttachmentsLate(t *testing.T) {
 	ok(t, e.filedIn("p", "ana", "u", nil))
 	bob := tokenFor(t, "bob", map[string]any{"teams": []string{"red"}})
 	change := sheet("insert", 2, `"owner":"bob","photo":"p"`)
-	e.post(t, "/sync/push", bob, strings.NewReader(`{"client_id":"phone","changes":[`+change+`]}`)).problem(t, LogBehind)
+	e.post(t, "/sync/push", bob, `{"client_id":"phone","changes":[`+change+`]}`).problem(t, LogBehind)
 	ok(t, tx.Rollback(t.Context()))
 	e.sync(t)
 	e.submit(t, bob, "", change).want(t, "accepted 2")

@@ -2,10 +2,8 @@ package gateway
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"strings"
 	"testing"
@@ -89,34 +87,17 @@ func (p *wirePush) briefs() string {
 	return strings.Join(out, ", ")
 }
 
-// post sends a body and holds the answer against the OpenAPI document. headers are name, value pairs.
-func (e *env) post(t testing.TB, path, token string, body io.Reader, headers ...string) *answer {
+// post sends a body as JSON, unless the headers say otherwise, and holds the answer against the OpenAPI document.
+// headers are name, value pairs.
+func (e *env) post(t testing.TB, path, token, body string, headers ...string) *answer {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, e.base+path, body)
-	ok(t, err)
-	req.Header.Set("Content-Type", "application/json")
-	if token != "" {
-		req.Header.Set("Authorization", "Bearer "+token)
-	}
-	for i := 0; i+1 < len(headers); i += 2 {
-		req.Header.Set(headers[i], headers[i+1])
-	}
-	res, err := e.client.Do(req)
-	ok(t, err)
-	defer res.Body.Close()
-	text, err := io.ReadAll(res.Body)
-	ok(t, err)
-	a := &answer{res.StatusCode, res.Header, text}
-	checkAnswer(t, req, a)
-	return a
+	return e.send(t, http.MethodPost, path, token, strings.NewReader(body), append([]string{"Content-Type", "application/json"}, headers...)...)
 }
 
 // submit pushes and expects an answer to changes, which are JSON objects. extra is more JSON members of the push.
 func (e *env) submit(t testing.TB, token, extra string, changes ...string) *wirePush {
 	t.Helper()
-	a := e.post(t, "/sync/push", token, strings.NewReader(fmt.Sprintf(`{"client_id":"phone"%s,"changes":[%s]}`, extra, strings.Join(changes, ","))))
+	a := e.post(t, "/sync/push", token, fmt.Sprintf(`{"client_id":"phone"%s,"changes":[%s]}`, extra, strings.Join(changes, ",")))
 	if a.status != http.StatusOK {
 		t.Fatalf("push: %d %s", a.status, a.body)
 	}

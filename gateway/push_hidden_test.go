@@ -19,7 +19,7 @@ func (e *env) same(t *testing.T, token, what string, hidden, absent []string) {
 	for _, mode := range []string{"", `,"atomic":false`} {
 		var got [2]string
 		for i, changes := range [][]string{hidden, absent} {
-			a := e.post(t, "/sync/push", token, strings.NewReader(fmt.Sprintf(`{"client_id":"phone"%s,"changes":[%s]}`, mode, strings.Join(changes, ","))))
+			a := e.post(t, "/sync/push", token, fmt.Sprintf(`{"client_id":"phone"%s,"changes":[%s]}`, mode, strings.Join(changes, ",")))
 			got[i] = fmt.Sprint(a.status)
 			if a.status == 200 {
 				p := e.submit(t, token, mode, changes...)
@@ -241,7 +241,7 @@ func TestPushLongRows(t *testing.T) {
 		changes = append(changes, fmt.Sprintf(`{"collection":"boards","operation":"update","doc_id":"%d","data":{"n":1}}`, i+1))
 	}
 	for _, mode := range []string{"", `,"atomic":false`} {
-		a := e.post(t, "/sync/push", ana, strings.NewReader(fmt.Sprintf(`{"client_id":"phone"%s,"changes":[%s]}`, mode, strings.Join(changes, ","))))
+		a := e.post(t, "/sync/push", ana, fmt.Sprintf(`{"client_id":"phone"%s,"changes":[%s]}`, mode, strings.Join(changes, ",")))
 		a.problem(t, RequestTooLarge)
 	}
 	if got := e.one(t, `SELECT sum(n)::text FROM boards`); got != "0" {

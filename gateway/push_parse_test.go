@@ -46,22 +46,22 @@ func TestPushBadRequests(t *testing.T) {
 			if chunked {
 				body = io.MultiReader(body)
 			}
-			p := e.post(t, "/sync/push", ana, body).problem(t, c.code)
+			p := e.send(t, http.MethodPost, "/sync/push", ana, body, "Content-Type", "application/json").problem(t, c.code)
 			if c.code != RequestTooLarge && (len(p.Errors) != 1 || p.Errors[0].Field != c.field) {
 				t.Errorf("%s: errors are %v", c.name, p.Errors)
 			}
 		}
 	}
 	good := `{"client_id":"a","changes":[` + change + `]}`
-	e.post(t, "/sync/push", ana, strings.NewReader(good), "Content-Type", "text/plain").problem(t, UnsupportedMediaType)
-	e.post(t, "/sync/push", ana, strings.NewReader(good), "Content-Type", "application/json; charset=latin1").problem(t, UnsupportedMediaType)
-	e.post(t, "/sync/push", ana, strings.NewReader(good), "Content-Encoding", "gzip").problem(t, UnsupportedMediaType)
-	e.post(t, "/sync/push?dry_run=1", ana, strings.NewReader(good)).problem(t, InvalidRequest)
-	e.post(t, "/sync/push", "", strings.NewReader(good)).problem(t, InvalidToken)
+	e.post(t, "/sync/push", ana, good, "Content-Type", "text/plain").problem(t, UnsupportedMediaType)
+	e.post(t, "/sync/push", ana, good, "Content-Type", "application/json; charset=latin1").problem(t, UnsupportedMediaType)
+	e.post(t, "/sync/push", ana, good, "Content-Encoding", "gzip").problem(t, UnsupportedMediaType)
+	e.post(t, "/sync/push?dry_run=1", ana, good).problem(t, InvalidRequest)
+	e.post(t, "/sync/push", "", good).problem(t, InvalidToken)
 	if got := e.one(t, `SELECT count(*)::text FROM boards`); got != "0" {
 		t.Errorf("%s rows were written", got)
 	}
-	if a := e.post(t, "/sync/push", ana, strings.NewReader(good), "Content-Type", "application/json; charset=utf-8"); a.status != http.StatusOK {
+	if a := e.post(t, "/sync/push", ana, good, "Content-Type", "application/json; charset=utf-8"); a.status != http.StatusOK {
 		t.Errorf("%d %s", a.status, a.body)
 	}
 	if n := e.g.bodies.held.Load(); n != 0 {

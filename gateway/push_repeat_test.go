@@ -38,13 +38,13 @@ func TestPushRepeated(t *testing.T) {
 		t.Errorf("the replay shows %s", doc)
 	}
 	// Another client, and another subject, have ids of their own.
-	e.post(t, "/sync/push", ana, strings.NewReader(`{"client_id":"tablet","changes":[`+change+`]}`))
+	e.post(t, "/sync/push", ana, `{"client_id":"tablet","changes":[`+change+`]}`)
 	e.submit(t, tokenFor(t, "bob", nil), "", change)
 	if got := e.one(t, `SELECT string_agg(id || ':' || n, ' ' ORDER BY id) FROM counts`); got != "1:4 2:2" {
 		t.Errorf("rows were written %s times", got)
 	}
 	// An id never names another change.
-	a := e.post(t, "/sync/push", ana, strings.NewReader(`{"client_id":"phone","atomic":false,"changes":[{"collection":"boards","operation":"delete","doc_id":"2"},`+strings.Replace(change, `"z"`, `"other"`, 1)+`]}`))
+	a := e.post(t, "/sync/push", ana, `{"client_id":"phone","atomic":false,"changes":[{"collection":"boards","operation":"delete","doc_id":"2"},`+strings.Replace(change, `"z"`, `"other"`, 1)+`]}`)
 	if body := a.problem(t, ChangeIDReused); len(body.Errors) != 1 || body.Errors[0].Field != "changes[1].change_id" {
 		t.Errorf("the problem names %v", body.Errors)
 	}
@@ -203,7 +203,7 @@ func TestPushBatches(t *testing.T) {
 	if got := e.one(t, `SELECT length(body)::text FROM words`); got != fmt.Sprint(5<<20) {
 		t.Errorf("%s characters arrived", got)
 	}
-	if a := e.post(t, "/sync/push", ana, strings.NewReader(`{"client_id":"phone","changes":[`+strings.Repeat("0,", 1000)+`0]}`)); a.status != http.StatusUnprocessableEntity {
+	if a := e.post(t, "/sync/push", ana, `{"client_id":"phone","changes":[`+strings.Repeat("0,", 1000)+`0]}`); a.status != http.StatusUnprocessableEntity {
 		t.Errorf("1001 changes: %d", a.status)
 	}
 }

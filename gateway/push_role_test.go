@@ -140,7 +140,7 @@ func TestPushCrash(t *testing.T) {
 			for i := range 25 {
 				body := fmt.Sprintf(`{"client_id":"phone","changes":[{"collection":"boards","operation":"insert","doc_id":"%d","change_id":"%d","data":{"n":1}}]}`, c*100+i, i)
 				for {
-					a := e.post(t, "/sync/push", token, strings.NewReader(body))
+					a := e.post(t, "/sync/push", token, body)
 					if a.status == 200 {
 						if !strings.Contains(string(a.body), `"accepted"`) && !strings.Contains(string(a.body), `"duplicate"`) {
 							t.Errorf("%s", a.body)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"slices"
 	"strings"
@@ -13,28 +12,6 @@ import (
 
 	"github.com/walgate/walgate/changelog"
 )
-
-// postJSON sends a body as JSON and holds the answer against the OpenAPI document. headers are name, value pairs.
-func (e *env) postJSON(t testing.TB, path, token, body string, headers ...string) *answer {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, e.base+path, strings.NewReader(body))
-	ok(t, err)
-	req.Header.Set("Authorization", "Bearer "+token)
-	req.Header.Set("Content-Type", "application/json")
-	for i := 0; i+1 < len(headers); i += 2 {
-		req.Header.Set(headers[i], headers[i+1])
-	}
-	res, err := e.client.Do(req)
-	ok(t, err)
-	defer res.Body.Close()
-	text, err := io.ReadAll(res.Body)
-	ok(t, err)
-	a := &answer{res.StatusCode, res.Header, text}
-	checkAnswer(t, req, a)
-	return a
-}
 
 // wireSession is a session as devices see it.
 type wireSession struct {
@@ -55,12 +32,12 @@ var wrongClocks = [][]string{{"Date", "Thu, 21 Nov 2019 10:00:00 GMT"}, {"Date",
 
 func (e *env) openSession(t testing.TB, token, device string) *wireSession {
 	t.Helper()
-	return wantSession(t, e.postJSON(t, "/sync/sessions", token, fmt.Sprintf(`{"device_uuid":%q}`, device), wrongClocks[0]...))
+	return wantSession(t, e.post(t, "/sync/sessions", token, fmt.Sprintf(`{"device_uuid":%q}`, device), wrongClocks[0]...))
 }
 
 func (e *env) complete(t testing.TB, token string, s *wireSession, lastUpdate string) *wireSession {
 	t.Helper()
-	return wantSession(t, e.postJSON(t, "/sync/sessions/"+s.ID+"/complete", token, fmt.Sprintf(`{"last_update":%q}`, lastUpdate), wrongClocks[1]...))
+	return wantSession(t, e.post(t, "/sync/sessions/"+s.ID+"/complete", token, fmt.Sprintf(`{"last_update":%q}`, lastUpdate), wrongClocks[1]...))
 }
 
 func wantSession(t testing.TB, a *answer) *wireSession {
@@ -351,7 +328,7 @@ func TestSessionIsTheDevices(t *testing.T) {
 		"another subject's": {b, second.ID}, "superseded": {a, first.ID}, "never opened": {a, "00000000-0000-4000-8000-000000000000"},
 		"no id": {a, "1"}, "in capitals": {a, strings.ToUpper(second.ID)},
 	} {
-		if p := e.postJSON(t, complete(c.id), c.token, body).problem(t, UnknownSession); p.Retryable {
+		if p := e.post(t, complete(c.id), c.token, body).problem(t, UnknownSession); p.Retryable {
 			t.Errorf("%s: retryable", what)
 		}
 		e.get(t, "/sync/pull?session="+c.id, c.token).problem(t, UnknownSession)
@@ -373,13 +350,13 @@ func TestSessionBadInput(t *testing.T) {
 		`{"device_uuid":"a\u0000b"}`: "device_uuid", `{"device_uuid":"` + strings.Repeat("ü", 256) + `"}`: "device_uuid",
 		`{"device_uuid":"a","device_uuid":"b"}`: "device_uuid", `{"device_uuid":"a","client_id":"b"}`: "client_id",
 	} {
-		p := e.postJSON(t, "/sync/sessions", a, body).problem(t, InvalidRequest)
+		p := e.post(t, "/sync/sessions", a, body).problem(t, InvalidRequest)
 		if len(p.Errors) != 1 || p.Errors[0].Field != field {
 			t.Errorf("%q: %+v, want one of field %q", body, p.Errors, field)
 		}
 	}
-	e.postJSON(t, "/sync/sessions", a, `{"device_uuid":"`+strings.Repeat("x", sessionBody)+`"}`).problem(t, RequestTooLarge)
-	e.postJSON(t, "/sync/sessions", "", `{"device_uuid":"phone"}`).problem(t, InvalidToken)
+	e.post(t, "/sync/sessions", a, `{"device_uuid":"`+strings.Repeat("x", sessionBody)+`"}`).problem(t, RequestTooLarge)
+	e.post(t, "/sync/sessions", "", `{"device_uuid":"phone"}`).problem(t, InvalidToken)
 	if n := e.count(t, `SELECT count(*) FROM walgate.sessions`); n != 0 {
 		t.Fatalf("%d sessions were opened", n)
 	}
@@ -398,7 +375,7 @@ func TestSessionBadInput(t *testing.T) {
 		`{"last_update":"` + at.Version.Text(otherHistory(at.History)) + `"}`:     InvalidLastUpdate,
 		`{"last_update":"20080101T000000.000Z-0000-` + at.History + `-00000000"}`: InvalidRequest, // before there were versions
 	} {
-		p := e.postJSON(t, path, a, body).problem(t, code)
+		p := e.post(t, path, a, body).problem(t, code)
 		if len(p.Errors) != 1 || p.Errors[0].Field != "last_update" {
 			t.Errorf("%s: %+v", body, p.Errors)
 		}
@@ -460,7 +437,7 @@ func TestSessionRefused(t *testing.T) {
 	s := e.openSession(t, a, "phone")
 	e.exec(t, `UPDATE walgate.sessions SET max_checkin = regexp_replace(max_checkin, '-[0-9a-f]{4}-([0-9a-f]{8})$', '-' || $1 || '-\1')`, otherHistory(historyOf(t, s.Checkin)))
 	e.get(t, "/sync/pull?session="+s.ID, a).problem(t, SessionExpired)
-	e.postJSON(t, "/sync/sessions/"+s.ID+"/complete", a, fmt.Sprintf(`{"last_update":%q}`, s.Checkin)).problem(t, SessionExpired)
+	e.post(t, "/sync/sessions/"+s.ID+"/complete", a, fmt.Sprintf(`{"last_update":%q}`, s.Checkin)).problem(t, SessionExpired)
 	if s = e.openSession(t, a, "phone"); e.pullSession(t, a, s, "").Resync {
 		t.Error("a session that is opened anew doesn't go on")
 	}

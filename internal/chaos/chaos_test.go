@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"testing"
 
+	"github.com/walgate/walgate/internal/built"
 	"github.com/walgate/walgate/internal/pgserver"
 	"github.com/walgate/walgate/internal/redisserver"
 )
@@ -77,7 +78,7 @@ func report(t *testing.T, path string, r Report) {
 // options are those of the built-in world on this machine.
 func options(t *testing.T) Options {
 	t.Helper()
-	binary, err := builtGateway()
+	binary, err := built.Gateway()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -21,6 +21,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/walgate/walgate/internal/built"
 	"github.com/walgate/walgate/internal/pgserver"
 )
 
@@ -46,7 +47,7 @@ func testToken(subject string, roles []string, claims map[string]any) string {
 // startGateway serves the built-in world's application from one process, until the test ends.
 func startGateway(t *testing.T, dsn string) (base string) {
 	t.Helper()
-	binary, err := builtGateway()
+	binary, err := built.Gateway()
 	must(t, err)
 	port, err := pgserver.FreePort()
 	must(t, err)
