@@ -82,6 +82,7 @@ type syncClient struct {
 	whole   func(c *syncClient, r replica) // what must hold of every stored state; nil: nothing
 	pace    time.Duration                  // pause between two steps
 	told    bool                           // begins anew only when told to
+	steady  bool                           // reads full resyncs as fast as it can, to their end
 	rng     *rand.Rand
 	http    *http.Client
 	replica replica
@@ -142,6 +143,8 @@ func (c *syncClient) run(ctx context.Context) {
 
 // catchUp follows the protocol, without further adventures, to the end of the log.
 func (c *syncClient) catchUp(ctx context.Context) error {
+	c.steady = true
+	defer func() { c.steady = false }()
 	for {
 		if c.replica.cursor == "" || len(c.lost) > 0 {
 			if err := c.resync(ctx); err != nil {
@@ -444,10 +447,10 @@ func (c *syncClient) full(ctx context.Context, names []string) (replica, error) 
 // lines applies the lines of a full resync, which it may cut at any.
 func (c *syncClient) lines(body io.Reader, r *replica, names []string) (ended bool, err error) {
 	cut := -1
-	if c.rng.IntN(8) == 0 {
+	if c.rng.IntN(8) == 0 && !c.steady {
 		cut = c.rng.IntN(400)
 	}
-	slow := c.rng.IntN(8) == 0
+	slow := c.rng.IntN(8) == 0 && !c.steady
 	count := 0
 	lines := json.NewDecoder(bufio.NewReader(body))
 	for n := 0; ; n++ {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -55,6 +56,14 @@ func TestKilledAtEveryStep(t *testing.T) {
 			k.app.committed = nil // what was written while the slot was there goes with it
 		}
 	}
+	if err := k.gateway.start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	k.compare() // between two deaths there is hardly time for a first full resync
+	if err := k.gateway.end(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	k.client.told = true
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var following sync.WaitGroup
@@ -346,7 +355,7 @@ func (k *killing) compare() {
 	defer cancel()
 	for err := errAway; err != nil; {
 		if err = k.client.catchUp(ctx); err != nil && ctx.Err() != nil {
-			k.t.Fatalf("the client can't catch up: %v", err)
+			k.t.Fatalf("the client can't catch up: %v\n  its last steps:\n  %s\n  in all: %v", err, strings.Join(k.client.trail, "\n  "), k.client.counts)
 		}
 	}
 	if err := compareReplica(ctx, k.conn, k.client); err != nil {
