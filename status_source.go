@@ -90,6 +90,9 @@ func (s *status) judgeLeader() {
 	case !slot.Ours:
 		s.add(statusWrong, "leader", fmt.Sprintf("slot %s is read by process %d (%s), which is no walgate", slot.Name, slot.HolderPID, slot.Holder), "no instance leads, and what that process reads is lost to clients",
 			fmt.Sprintf("end it, or if a slot is being made wait for it: SELECT pg_terminate_backend(%d)", slot.HolderPID))
+	case slot.InTheMaking():
+		s.add(statusWrong, "leader", fmt.Sprintf("process %d of the source (%s) is still making slot %s, which waits until every transaction has ended that runs by now", slot.HolderPID, slot.Holder, slot.Name),
+			"no instance leads: nothing new reaches clients", "end the oldest transaction, see below, unless it ends by itself soon")
 	default:
 		s.ok("leader", "process %d of the source (%s) reads slot %s", slot.HolderPID, slot.Holder, slot.Name)
 	}
@@ -107,6 +110,9 @@ func (s *status) judgeSlot() {
 		return
 	case slot.WALStatus == "unreserved":
 		s.add(statusWrong, "slot", slot.Name+" is unreserved", "with its next checkpoint the source may remove WAL that the slot needs; then "+newHistory, "raise max_slot_wal_keep_size now (ALTER SYSTEM, pg_reload_conf), and find what holds the slot back: see below")
+	case slot.InTheMaking():
+		s.add(statusWarning, "slot", slot.Name+" is being made", "see the leader", "see the leader")
+		return
 	default:
 		s.ok("slot", "%s is %s, from %s, confirmed up to %s", slot.Name, slot.WALStatus, slot.RestartLSN, slot.ConfirmedLSN)
 	}

@@ -85,25 +85,33 @@ func (l *Log) ConnectAppender(ctx context.Context, bus Bus) (*Appender, error) {
 	return a, nil
 }
 
-// Known returns the names of the collections that the log has; nil where it was never begun. ErrConfigRevision where the
-// log was taken over with a newer configuration.
-func (a *Appender) Known(ctx context.Context, revision int64) (map[string]bool, error) {
+// Known is what a log held at a moment. The zero value is that of a log that was never begun.
+type Known struct {
+	Collections map[string]bool
+	Epoch       int64
+	LSN         LSN
+}
+
+// Known returns what the log holds. ErrConfigRevision where it was taken over with a newer configuration.
+func (a *Appender) Known(ctx context.Context, revision int64) (*Known, error) {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 	var stored int64
 	var names []string
-	err := a.conn.QueryRow(ctx, `SELECT config_revision, ARRAY(SELECT name FROM walgate.collections) FROM walgate.checkpoint`).Scan(&stored, &names)
+	known := &Known{}
+	err := a.conn.QueryRow(ctx, `SELECT config_revision, ARRAY(SELECT name FROM walgate.collections), epoch, lsn - '0/0'::pg_lsn FROM walgate.checkpoint`).
+		Scan(&stored, &names, &known.Epoch, (*pgLSN)(&known.LSN))
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return nil, nil
+		return known, nil
 	case err != nil:
 		return nil, fmt.Errorf("read the change log's state: %w", Explain(err))
 	case revision < stored:
 		return nil, olderConfig(revision, stored)
 	}
-	known := make(map[string]bool, len(names))
+	known.Collections = make(map[string]bool, len(names))
 	for _, n := range names {
-		known[n] = true
+		known.Collections[n] = true
 	}
 	return known, nil
 }

@@ -11,6 +11,10 @@ import (
 // read it reads the log, so that the format may change with any version.
 const batchFormat = 1
 
+// messageLimit is how many bytes of a message are looked at: what instances announce stays well below (see messageMost), and what
+// it unfolds into may be sixteen times as much.
+const messageLimit = 4 * messageMost
+
 const (
 	batchOmitted = 1 << iota
 )
@@ -110,7 +114,7 @@ func appendBytes(b, v []byte) []byte {
 // parseBatch reads a message. What is returned shares its memory. The sender is told of every message of this format that is
 // long enough to name one.
 func parseBatch(message []byte) (m *Batch, sender uint64, err error) {
-	if len(message) < 17 || message[0] != batchFormat {
+	if len(message) < 17 || len(message) > messageLimit || message[0] != batchFormat {
 		return nil, 0, errMessage
 	}
 	r := &batchReader{left: message[1:]}

@@ -3,6 +3,7 @@ package changelog
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net"
 	"sync"
@@ -19,9 +20,10 @@ const (
 	messageMost = 256 << 10
 	// publishDepth bounds what waits for Redis; what doesn't fit is dropped, and found missing by the message after it.
 	publishDepth = 64
-	// silenceMost is how long the subscription may be silent before Redis is asked for life, and then once more until it is
-	// taken for dead.
-	silenceMost = 2 * time.Second
+	// silenceMost is how long the subscription may be silent before Redis is taken for dead; it is asked for life twice as often.
+	silenceMost = 4 * time.Second
+	// publishProbe is how often Redis is tried after a message could not be published, where none follows.
+	publishProbe = 2 * time.Second
 	// downPoll is how often the log is looked at while Redis can't be used.
 	downPoll = 250 * time.Millisecond
 	// longestRetry bounds the pause between two tries to subscribe.
@@ -108,6 +110,7 @@ func (b *RedisBus) Run(ctx context.Context) error {
 // publish sends what is queued, all that there is in one round trip.
 func (b *RedisBus) publish(ctx context.Context) {
 	var messages [][]byte
+	var probe <-chan time.Time // nil while all is well
 	for {
 		select {
 		case <-ctx.Done():
@@ -115,6 +118,8 @@ func (b *RedisBus) publish(ctx context.Context) {
 		case batch := <-b.queue:
 			messages = append(messages[:0], appendBatch(make([]byte, 0, batch.size()), b.sender, batch))
 			b.count(batch)
+		case <-probe: // another instance may lead by now, and nothing follow
+			messages = append(messages[:0], appendBatch(nil, b.sender, &Batch{Omitted: true}))
 		}
 		for size := len(messages[0]); len(b.queue) > 0 && size < messageMost; size += len(messages[len(messages)-1]) {
 			batch := <-b.queue // nobody else takes from it
@@ -122,8 +127,9 @@ func (b *RedisBus) publish(ctx context.Context) {
 			b.count(batch)
 		}
 		err := b.send(ctx, messages)
-		if err != nil {
+		if probe = nil; err != nil {
 			b.stats.Dropped.Add(uint64(len(messages)))
+			probe = time.After(publishProbe)
 		}
 		if ctx.Err() == nil {
 			b.redis.judge("publish", err)
@@ -200,12 +206,20 @@ var (
 	errEnded  = errors.New("it ended the subscription")
 )
 
-// subscription subscribes and hands on what comes until something fails.
-func (b *RedisBus) subscription(ctx context.Context) error {
+// subscription subscribes and hands on what comes until something fails. A read that timed out may have ended within a message:
+// what follows on that connection is no protocol any more.
+func (b *RedisBus) subscription(ctx context.Context) (err error) {
+	defer func() {
+		if p := recover(); p != nil { // the library takes answers of a kind that no Redis gives for impossible
+			err = fmt.Errorf("it doesn't speak as Redis does: %v", p)
+		}
+	}()
 	var poll sync.WaitGroup
 	defer poll.Wait()
 	polling, stopPolling := context.WithCancel(ctx) // until the first answer
 	defer stopPolling()
+	asking, stopAsking := context.WithCancel(ctx)
+	defer stopAsking()
 	poll.Go(func() { b.pollFor(polling, time.Hour) }) // however long the library tries
 	subscribe := b.redis.client.Subscribe
 	if b.redis.sharded {
@@ -214,21 +228,12 @@ func (b *RedisBus) subscription(ctx context.Context) error {
 	s := subscribe(ctx, b.channel)
 	defer s.Close()
 	defer context.AfterFunc(ctx, func() { _ = s.Close() })() // a read doesn't end with its context
-	asked := false
 	for {
 		m, err := s.ReceiveTimeout(ctx, silenceMost)
 		var network net.Error
-		switch {
-		case err == nil:
-			asked = false
-		case errors.As(err, &network) && network.Timeout() && !asked && polling.Err() != nil:
-			if asked = true; s.Ping(ctx) == nil {
-				continue
-			}
+		if errors.As(err, &network) && network.Timeout() {
 			return errSilent
-		case errors.As(err, &network) && network.Timeout():
-			return errSilent
-		default:
+		} else if err != nil {
 			return err
 		}
 		switch m := m.(type) {
@@ -236,13 +241,29 @@ func (b *RedisBus) subscription(ctx context.Context) error {
 			if m.Kind != "subscribe" && m.Kind != "ssubscribe" { // the channel has moved to another node of the cluster
 				return errEnded
 			}
-			stopPolling()
+			if polling.Err() == nil {
+				stopPolling()
+				poll.Go(func() { askForLife(asking, s) })
+			}
 			b.stats.Subscribed.Add(1)
 			b.redis.judge("subscribe", nil)
-			b.redis.judge("publish", nil) // until the next try, which may not come while another instance leads
-			b.hint()                      // what was announced meanwhile is missed
+			b.hint() // what was announced meanwhile is missed
 		case *redis.Message:
 			b.deliver([]byte(m.Payload))
+		}
+	}
+}
+
+// askForLife has the server say something now and then, so that silence means that it is gone.
+func askForLife(ctx context.Context, s *redis.PubSub) {
+	tick := time.NewTicker(silenceMost / 2)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			_ = s.Ping(ctx) // the read tells
 		}
 	}
 }

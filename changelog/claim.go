@@ -43,6 +43,12 @@ type Claim struct {
 	Remembered     string    // the history that the source remembers, HistoryForgotten, or "": no log was ever started
 	ConfigRevision int64
 	Collections    []ClaimedCollection
+	// Known is the log as it was before tables were looked at: where another leader has been at work since, what looked empty may
+	// have been written to, and logged. Nil: nobody was.
+	Known *Known
+	// Again reads Remembered and Noted, when the leader before can't note anything in the log any more: what was read earlier may
+	// be older than what the log holds. Nil: they hold.
+	Again func(context.Context) (remembered string, noted int64, err error)
 }
 
 // ClaimedCollection is a collection as the new leader's configuration and catalog have it.
@@ -52,7 +58,8 @@ type ClaimedCollection struct {
 	Shape       string
 	RaisedShape string // what is stored for Shape where the claim raises the floor
 	Retention   time.Duration
-	// Empty says that the table had no rows when looked at after the slot existed: the log reaches back to its beginning.
+	// Empty says that the table had no rows, and no writer, when looked at after the slot existed and after Claim.Known was read: the
+	// log reaches back to its beginning.
 	Empty bool
 	// Keep says that the stored shape may become this one without clients noticing.
 	Keep func(stored string) bool
@@ -70,6 +77,8 @@ type Claimed struct {
 	LSN         LSN
 	Collections []Collection
 	Raised      []string // "collection: reason" of the floors that the claim raised
+	Remembered  string   // Claim.Remembered and Claim.Noted, as they were judged
+	Noted       int64
 }
 
 // claim makes the caller the log's only writer: it raises the epoch, decides whether the history goes on, and brings the
@@ -84,6 +93,13 @@ func claim(ctx context.Context, conn *pgx.Conn, c Claim) (*Claimed, error) {
 		if _, err := tx.Exec(ctx, `SET LOCAL idle_in_transaction_session_timeout = '`+claimIdle+`'; LOCK TABLE walgate.checkpoint IN SHARE ROW EXCLUSIVE MODE`, pgx.QueryExecModeSimpleProtocol); err != nil {
 			return err
 		}
+		if c.Again != nil {
+			var err error
+			if c.Remembered, c.Noted, err = c.Again(ctx); err != nil {
+				return err
+			}
+		}
+		out.Remembered, out.Noted = c.Remembered, c.Noted
 		if err := claimCheckpoint(ctx, tx, c, storage, out); err != nil {
 			return err
 		}
@@ -143,6 +159,11 @@ func claimCheckpoint(ctx context.Context, tx pgx.Tx, c Claim, storage Server, ou
 			return olderConfig(c.ConfigRevision, s.revision)
 		}
 		out.NewHistory = broken(s, c, storage)
+	}
+	if c.Known != nil && (c.Known.Epoch != s.epoch || c.Known.LSN != s.lsn) {
+		for i := range c.Collections {
+			c.Collections[i].Empty = false
+		}
 	}
 	out.Epoch, out.Number = s.epoch+1, mathrand.Int64()
 	out.History, out.Version, out.LSN = s.history, s.version, s.lsn

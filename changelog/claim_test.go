@@ -1,6 +1,7 @@
 package changelog
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -198,5 +199,63 @@ func TestHistoriesAndVersionsNeverRepeat(t *testing.T) {
 	ahead := time.Now().Add(48 * time.Hour)
 	if _, c := restart(t, l, func(c *Claim) { c.SlotCreated, c.SourceTime = true, ahead }); c.Version <= VersionAt(ahead) {
 		t.Errorf("version %s begins before the source's clock %s", c.Version.Time(), ahead)
+	}
+}
+
+// TestClaimReadsTheSourceLast: a leader that doesn't know yet that it is deposed notes once more, in the source and in the log,
+// while the next one claims. What that one read of the source before then isn't older than the log, which would pass for a
+// restored source.
+func TestClaimReadsTheSourceLast(t *testing.T) {
+	t.Parallel()
+	l, _ := newLog(t)
+	_, first := lead(t, l, testClaim())
+	noted := make(chan error, 1)
+	_, second := restart(t, l, func(c *Claim) {
+		c.Again = func(ctx context.Context) (string, int64, error) {
+			go func() { noted <- l.Note(ctx, first.Epoch, 1) }()
+			awaitThat(t, "the note is done or waits for the claim", func() bool {
+				var waits bool
+				if err := l.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pg_locks WHERE relation = 'walgate.checkpoint'::regclass AND NOT granted)`).Scan(&waits); err != nil {
+					t.Error(err)
+				}
+				return waits || len(noted) > 0
+			})
+			return first.History, 0, nil
+		}
+	})
+	if err := <-noted; err == nil {
+		t.Error("a deposed leader has noted a number in the log")
+	}
+	if second.NewHistory != "" || second.Remembered != first.History {
+		t.Errorf("claimed %+v", second)
+	}
+}
+
+// TestEmptyOnlyWhileNobodyLeads: a table looked empty, and another leader has been at work since.
+func TestEmptyOnlyWhileNobodyLeads(t *testing.T) {
+	t.Parallel()
+	for name, between := range map[string]func(*Log){
+		"nobody": nil,
+		"another leader": func(l *Log) {
+			a, _ := restart(t, l, nil)
+			a.Close()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l, _ := newLog(t)
+			a, _ := lead(t, l, testClaim())
+			known, err := a.Known(t.Context(), 0)
+			if err != nil || !known.Collections["tasks"] || known.Epoch != 1 {
+				t.Fatalf("known %+v: %v", known, err)
+			}
+			if between != nil {
+				between(l)
+			}
+			_, got := restart(t, l, func(c *Claim) { c.Known, c.Collections = known, append(c.Collections, testCollection("fresh")) })
+			if st := got.Collections[1]; (st.Floor == 0) != (between == nil) {
+				t.Errorf("the floor of the table that looked empty: %d (%s)", st.Floor, st.FloorReason)
+			}
+		})
 	}
 }

@@ -95,7 +95,11 @@ func ServerIdentity(ctx context.Context, q interface {
 
 // Note stores the number that the leader of an epoch has noted in the source just before (see Claim.Noted).
 func (l *Log) Note(ctx context.Context, epoch, noted int64) error {
-	if _, err := l.pool.Exec(ctx, `UPDATE walgate.checkpoint SET noted = $2 WHERE epoch = $1`, epoch, noted); err != nil {
+	done, err := l.pool.Exec(ctx, `UPDATE walgate.checkpoint SET noted = $2 WHERE epoch = $1`, epoch, noted)
+	if err == nil && done.RowsAffected() == 0 { // the caller must not go on counting
+		err = errors.New("another instance has taken over")
+	}
+	if err != nil {
 		return fmt.Errorf("note the source's number in the change log: %w", err)
 	}
 	return nil

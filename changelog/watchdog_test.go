@@ -178,14 +178,20 @@ func TestPredecessorIsEnded(t *testing.T) {
 	p := transaction(2000, upsert(l.claimed.Version+1, l.claimed.Version+1, 1, "half"))
 	p.Final = false
 	l.queue.TryPut(p)
-	const stuck = `SELECT count(*) FROM pg_stat_activity WHERE application_name = 'walgate append' AND datname = current_database() AND state = 'idle in transaction'`
+	const stuck = `SELECT FROM pg_stat_activity WHERE application_name = 'walgate append' AND datname = current_database() AND state = 'idle in transaction'`
 	count := func() (n int) {
-		if err := direct.QueryRow(t.Context(), stuck).Scan(&n); err != nil {
+		if err := direct.QueryRow(t.Context(), `SELECT count(*) FROM (`+stuck+`) s`).Scan(&n); err != nil {
 			t.Fatal(err)
 		}
 		return n
 	}
-	l.until(t, "half a transaction is in the database", func() bool { return count() == 1 })
+	l.until(t, "half a transaction is in the database, and nothing under way", func() bool {
+		var still bool
+		if err := direct.QueryRow(t.Context(), `SELECT EXISTS (`+stuck+` AND clock_timestamp() - state_change > interval '0.5 s')`).Scan(&still); err != nil {
+			t.Fatal(err)
+		}
+		return still
+	})
 	l.link.Strand()
 	l.until(t, "it is older than a slot's hand-over", func() bool {
 		var old bool

@@ -20,8 +20,10 @@ const (
 	positionCheck = time.Second
 	// sparedMost is how many such checks messages may spare, one after the other.
 	sparedMost = 10
-	gapPage    = 2000
-	gapBytes   = 4 << 20
+	// headLimit bounds a look at where the log stands: batches wait for it, and come without the log.
+	headLimit = 5 * time.Second
+	gapPage   = 2000
+	gapBytes  = 4 << 20
 )
 
 // hub hands each change to the subscribers of its scopes. It stands at one version; what is below was handed to everybody
@@ -192,20 +194,13 @@ func (h *hub) step(ctx context.Context) (more bool, err error) {
 	h.mu.Lock()
 	old, idle := h.head, h.idleLocked()
 	h.mu.Unlock()
-	if old == nil || idle {
-		now, err := h.log.Head(ctx)
-		if err == nil {
-			h.standAt(now)
-		}
+	looking, stop := context.WithTimeout(ctx, headLimit)
+	now, err := h.log.Head(looking)
+	if stop(); err != nil {
 		return false, err
 	}
-	now, err := h.log.Head(ctx)
-	if err != nil {
-		return false, err
-	}
-	if now.Version == old.Version && now.History == old.History {
-		h.standAt(now)
-		return false, nil
+	if old == nil || idle || now.Version == old.Version && now.History == old.History {
+		return !h.standAt(now), nil
 	}
 	p, err := h.log.ReadAll(ctx, old.Version, now.Version, gapPage, gapBytes)
 	if err != nil {
@@ -235,19 +230,20 @@ func (h *hub) step(ctx context.Context) (more bool, err error) {
 	return p.More, nil
 }
 
-// standAt takes over a head that was read without entries in between.
-func (h *hub) standAt(now *changelog.Head) {
+// standAt takes over a head that was read without entries in between; false: somebody came meanwhile, who needs them.
+func (h *hub) standAt(now *changelog.Head) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.head != nil && h.head.Version > now.Version && h.head.History == now.History {
-		return // a batch was applied meanwhile
+		return true // a batch was applied meanwhile
 	}
 	if h.head != nil && h.head.Version < now.Version && !h.idleLocked() && h.head.History == now.History {
-		return // somebody came meanwhile: the next step reads the entries
+		return false
 	}
 	h.adoptLocked(now)
 	h.whole = now.Version
 	h.passLocked(now.LSN)
+	return true
 }
 
 // adoptLocked takes over a head's state and tells those whom it cuts off.

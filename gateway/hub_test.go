@@ -413,3 +413,20 @@ func TestHubTakesNothingOfAnotherLog(t *testing.T) {
 		t.Error("its own log is taken for another's")
 	}
 }
+
+// TestHubAdoptsBeforeItDisowns: somebody comes while the head is read that a new leader's first batch asks for. The batch's claim
+// isn't another log's: the hub just hasn't read it yet.
+func TestHubAdoptsBeforeItDisowns(t *testing.T) {
+	t.Parallel()
+	h := newTestHub()
+	_, forget := h.awaitPush(1)
+	defer forget()
+	now := &changelog.Head{Version: 150, History: testHistory, Claim: 8, Collections: h.head.Collections}
+	if h.standAt(now) || h.head.Version != 100 {
+		t.Errorf("the hub stands at %d, past what somebody waits for", h.head.Version)
+	}
+	forget()
+	if !h.standAt(now) || h.head.Claim != 8 {
+		t.Errorf("the hub stands at %d of claim %d", h.head.Version, h.head.Claim)
+	}
+}

@@ -39,8 +39,9 @@ func (l *Leader) claimed(ctx context.Context, conn *pgx.Conn, known map[string]b
 	return out
 }
 
-// isEmpty says whether the table has no row; in doubt it has. The server ends what takes long: a context would end the
-// connection with it, and the next table's look.
+// isEmpty says whether the table has no row; in doubt it has. Whoever still writes to it may have committed what can't be seen
+// yet, but can be in the log: it is then asked for its rows, as it is when they are many. The server ends what takes long: a
+// context would end the connection with it, and the next table's look.
 func isEmpty(ctx context.Context, conn *pgx.Conn, t *schema.Table) bool {
 	only := "ONLY "
 	if t.Kind == 'p' {
@@ -53,7 +54,14 @@ func isEmpty(ctx context.Context, conn *pgx.Conn, t *schema.Table) bool {
 		if err != nil {
 			return err
 		}
-		return tx.QueryRow(ctx, `SELECT NOT EXISTS (SELECT FROM `+only+t.SQL()+`)`).Scan(&empty)
+		var written bool
+		err = tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'relation' AND granted AND pid IS DISTINCT FROM pg_backend_pid()
+				AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND (relation = $1 OR relation IN (SELECT relid FROM pg_partition_tree($1)))
+				AND mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'))`, t.OID).Scan(&written)
+		if err != nil || written {
+			return err
+		}
+		return tx.QueryRow(ctx, `SELECT NOT EXISTS (SELECT FROM `+only+t.SQL()+`)`).Scan(&empty) // after that look, with a snapshot of its own
 	})
 	return err == nil && empty
 }

@@ -82,7 +82,9 @@ func (l *Leader) Run(ctx context.Context) error {
 	l.o.Log.OnWaiting = l.waiting
 	pause := firstBackoff
 	for {
-		l.awaitSlot(ctx)
+		if l.awaitSlot(ctx) {
+			pause = firstBackoff // what failed once has nothing to do with what comes now
+		}
 		began := time.Now()
 		err := l.session(ctx)
 		if ctx.Err() != nil {
@@ -101,10 +103,12 @@ func (l *Leader) Run(ctx context.Context) error {
 		}
 		if errors.Is(err, errReclaim) {
 			l.o.Logger.Info("beginning a new session", "reason", err)
-			pause = firstBackoff
-			continue
+			if time.Since(began) > lastBackoff { // else it may be one after the other
+				pause = firstBackoff
+			}
+		} else {
+			l.o.Logger.Error("replication stopped; trying again", "error", err, "pause", pause.String())
 		}
-		l.o.Logger.Error("replication stopped; trying again", "error", err, "pause", pause.String())
 		sleep(ctx, spread(pause))
 		pause = min(pause*2, lastBackoff)
 	}
@@ -198,15 +202,16 @@ func (l *Leader) session(ctx context.Context) error {
 	}
 	failpoint.Here(failpoint.SlotTaken)
 	stop := reassure(conn, src.claim.SlotLSN, l.o.timing.status)
+	src.claim.Again = l.remembered
 	claimed, err := appender.Claim(ctx, src.claim)
 	if err == nil {
-		err = l.rememberHistory(ctx, claimed.History)
+		err = l.rememberHistory(ctx, claimed)
 	}
 	if stop(); err != nil {
 		return err
 	}
 	failpoint.Here(failpoint.HistoryNoted)
-	l.noted, l.notedAt = src.claim.Noted, -1
+	l.noted, l.notedAt = claimed.Noted, -1
 	l.report(claimed)
 	return l.stream(ctx, conn, appender, claimed, src.xmax)
 }
@@ -246,8 +251,8 @@ type sourceState struct {
 	claim    changelog.Claim
 }
 
-// prepare reads it; known are the collections that the log has.
-func (l *Leader) prepare(ctx context.Context, known map[string]bool) (*sourceState, error) {
+// prepare reads it; known is what the log holds.
+func (l *Leader) prepare(ctx context.Context, known *changelog.Known) (*sourceState, error) {
 	short, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	pooled, err := l.o.Source.Acquire(short)
@@ -278,7 +283,7 @@ func (l *Leader) prepare(ctx context.Context, known map[string]bool) (*sourceSta
 	defer cancel()
 	if l.unreadable != "" && !slot.Created && slot.Confirmed <= l.unreadTo { // else another instance has made a new one
 		l.o.Logger.Warn("the slot can't be read on; making a new one, clients will resynchronise", "slot", l.o.Slot, "reason", l.unreadable)
-		if err := DropSlot(short, conn, l.o.Slot); err != nil {
+		if err := dropSlot(short, conn, l.o.Slot, `confirmed_flush_lsn <= $2`, l.unreadTo.String()); err != nil {
 			return nil, err
 		}
 		if slot, err = EnsureSlot(ctx, conn, l.o.Slot, l.o.Logger, func(why error) { l.o.Stats.setState(false, why) }); err != nil {
@@ -291,16 +296,15 @@ func (l *Leader) prepare(ctx context.Context, known map[string]bool) (*sourceSta
 	}
 	ctx, cancel = context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	s := &sourceState{claim: changelog.Claim{SlotLSN: slot.Confirmed, ConfigRevision: l.o.ConfigRevision}}
+	s := &sourceState{claim: changelog.Claim{SlotLSN: slot.Confirmed, ConfigRevision: l.o.ConfigRevision, Known: known}}
 	var xmax int64
-	err = conn.QueryRow(ctx, `SELECT current_setting('server_encoding'), pg_snapshot_xmax(pg_current_snapshot())::text::int8, clock_timestamp(),
-		coalesce((SELECT history FROM walgate.source), ''), coalesce((SELECT noted FROM walgate.source), 0)`).Scan(&s.encoding, &xmax, &s.claim.SourceTime, &s.claim.Remembered, &s.claim.Noted)
+	err = conn.QueryRow(ctx, `SELECT current_setting('server_encoding'), pg_snapshot_xmax(pg_current_snapshot())::text::int8, clock_timestamp()`).Scan(&s.encoding, &xmax, &s.claim.SourceTime)
 	if err != nil {
 		return nil, fmt.Errorf("read the source's state: %w", err)
 	}
 	s.xmax = uint64(xmax)
 	s.claim.SlotCreated = slot.Created
-	s.claim.Collections = l.claimed(ctx, conn, known)
+	s.claim.Collections = l.claimed(ctx, conn, known.Collections)
 	return s, nil
 }
 
@@ -323,17 +327,15 @@ func (l *Leader) identify(ctx context.Context, conn *pgconn.PgConn, c *changelog
 }
 
 // verify makes sure, now that the slot is ours and nobody else can move it, that it is the one that was looked at, and
-// that the pool's connections reach the same server as the replication connection. Before, another instance may have led for a
-// moment: what it left in the source is read anew.
+// that the pool's connections reach the same server as the replication connection.
 func (l *Leader) verify(ctx context.Context, walsender uint32, c *changelog.Claim) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	var now, end int64
 	var active bool
-	err := l.o.Source.QueryRow(ctx, `SELECT (confirmed_flush_lsn - '0/0')::int8, active, (pg_current_wal_flush_lsn() - '0/0')::int8,
-			coalesce((SELECT history FROM walgate.source), ''), coalesce((SELECT noted FROM walgate.source), 0)
+	err := l.o.Source.QueryRow(ctx, `SELECT (confirmed_flush_lsn - '0/0')::int8, active, (pg_current_wal_flush_lsn() - '0/0')::int8
 		FROM pg_replication_slots WHERE slot_name = $1 AND coalesce(active_pid, $2) = $2`,
-		l.o.Slot, int64(walsender)).Scan(&now, &active, &end, &c.Remembered, &c.Noted)
+		l.o.Slot, int64(walsender)).Scan(&now, &active, &end)
 	switch {
 	case err == nil && !active:
 		l.o.Source.Reset()
@@ -350,11 +352,26 @@ func (l *Leader) verify(ctx context.Context, walsender uint32, c *changelog.Clai
 	return nil
 }
 
-// rememberHistory notes in the source that a log exists, so that losing the log is noticed.
-func (l *Leader) rememberHistory(ctx context.Context, history string) error {
+// remembered reads what the source remembers of the log.
+func (l *Leader) remembered(ctx context.Context) (history string, noted int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	_, err := l.o.Source.Exec(ctx, `INSERT INTO walgate.source (history) VALUES ($1) ON CONFLICT (one) DO UPDATE SET history = excluded.history`, history)
+	err = l.o.Source.QueryRow(ctx, `SELECT coalesce(min(history), ''), coalesce(min(noted), 0) FROM walgate.source`).Scan(&history, &noted)
+	if err != nil {
+		return "", 0, fmt.Errorf("read what the source remembers of the change log: %w", err)
+	}
+	return history, noted, nil
+}
+
+// rememberHistory notes in the source that a log exists, so that losing the log is noticed. It replaces only what the claim
+// saw: who was held up meanwhile may have been deposed, and must not undo what its successor noted.
+func (l *Leader) rememberHistory(ctx context.Context, c *changelog.Claimed) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	done, err := l.o.Source.Exec(ctx, `INSERT INTO walgate.source AS s (history) VALUES ($1) ON CONFLICT (one) DO UPDATE SET history = excluded.history WHERE s.history = $2`, c.History, c.Remembered)
+	if err == nil && done.RowsAffected() == 0 {
+		err = errors.New("another instance has taken over meanwhile")
+	}
 	if err != nil {
 		return fmt.Errorf("note the history in the source: %w", err)
 	}

@@ -32,23 +32,27 @@ func EnsureSlot(ctx context.Context, conn *pgx.Conn, name string, log *slog.Logg
 	var confirmed int64
 	short, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
+	var remembered *string
+	if err := conn.QueryRow(short, `SELECT min(history) FROM walgate.source`).Scan(&remembered); err != nil { // before the slot: see createSlot
+		return s, fmt.Errorf("read what the source remembers of the change log: %w", err)
+	}
 	// A column that older servers don't have is null as a member of JSON.
 	err := conn.QueryRow(short, `SELECT coalesce(plugin::text, 'none: it is physical'), coalesce(database::text, 'none'), active, coalesce(wal_status, ''),
 		coalesce(to_jsonb(s) ->> 'invalidation_reason', ''), coalesce(confirmed_flush_lsn - '0/0', 0)::int8
 		FROM pg_replication_slots s WHERE slot_name = $1`, name).Scan(&plugin, &database, &s.Active, &status, &reason, &confirmed)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return createSlot(ctx, conn, name, log, waiting)
+		return createSlot(ctx, conn, name, remembered, log, waiting)
 	case err != nil:
 		return s, fmt.Errorf("read the state of slot %s: %w", name, err)
 	case plugin != "pgoutput" || database != conn.Config().Database:
 		return s, fmt.Errorf("slot %s belongs to somebody else (plugin %s, database %s): drop it there, or set replication.slot to another name", name, plugin, database)
 	case status == "lost": // for good; unreserved and extended still have their WAL
 		log.Warn("the slot was invalidated; making a new one, clients will resynchronise", "slot", name, "reason", invalidation(reason))
-		if err := DropSlot(ctx, conn, name); err != nil {
+		if err := dropSlot(ctx, conn, name, `wal_status = 'lost'`); err != nil {
 			return s, err
 		}
-		return createSlot(ctx, conn, name, log, waiting)
+		return createSlot(ctx, conn, name, remembered, log, waiting)
 	}
 	s.Confirmed = changelog.LSN(confirmed)
 	return s, nil
@@ -65,14 +69,19 @@ func invalidation(reason string) string {
 	return reason
 }
 
-// createSlot makes the slot. First it takes back what the source remembers of the log's history: whatever becomes of this
-// process, the next leader then knows that the slot is a new one.
-func createSlot(ctx context.Context, conn *pgx.Conn, name string, log *slog.Logger, waiting func(error)) (Slot, error) {
+// createSlot makes the slot. First it takes back what the source remembered of the log's history before the slot was found
+// missing, nil where it never did: whatever becomes of this process, the next leader then knows that the slot is a new one.
+// Where it remembers something else by now, another instance has made the slot and leads.
+func createSlot(ctx context.Context, conn *pgx.Conn, name string, remembered *string, log *slog.Logger, waiting func(error)) (Slot, error) {
 	failpoint.Here(failpoint.SlotMissing)
 	short, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	if _, err := conn.Exec(short, `UPDATE walgate.source SET history = $1`, changelog.HistoryForgotten); err != nil {
+	done, err := conn.Exec(short, `UPDATE walgate.source SET history = $1 WHERE history = $2`, changelog.HistoryForgotten, remembered)
+	if err != nil {
 		return Slot{}, fmt.Errorf("note in the source that the slot is made anew: %w", err)
+	}
+	if remembered != nil && done.RowsAffected() == 0 {
+		return EnsureSlot(ctx, conn, name, log, waiting)
 	}
 	var watch sync.WaitGroup
 	watching, stop := context.WithCancel(ctx)
@@ -133,7 +142,13 @@ func SlotSQL(name string, serverVersion int) string {
 
 // DropSlot drops the slot if it exists. A gateway that still reads from it is an error.
 func DropSlot(ctx context.Context, conn *pgx.Conn, name string) error {
-	_, err := conn.Exec(ctx, `SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = $1`, name)
+	return dropSlot(ctx, conn, name, `true`)
+}
+
+// dropSlot drops the slot if it exists and is still as the condition says: another instance may have made it anew since the
+// caller looked. Parameters of the condition begin with $2.
+func dropSlot(ctx context.Context, conn *pgx.Conn, name, condition string, args ...any) error {
+	_, err := conn.Exec(ctx, `SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = $1 AND `+condition, append([]any{name}, args...)...)
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) && pg.Code == "55006" { // object_in_use
 		return fmt.Errorf("slot %s is in use: stop the gateway that reads from it first: %w", name, err)

@@ -29,6 +29,9 @@ type SlotStatus struct {
 	OldestSeconds     int64  `json:"oldest_transaction_seconds"`
 }
 
+// InTheMaking says whether the slot's maker still waits for open transactions: nobody can read from it yet.
+func (s *SlotStatus) InTheMaking() bool { return s.Active && s.ConfirmedLSN == "" }
+
 // ReadSlotStatus reads it on a connection to the source's primary.
 func ReadSlotStatus(ctx context.Context, conn *pgx.Conn, slot string) (*SlotStatus, error) {
 	s := &SlotStatus{Exists: true}

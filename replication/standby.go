@@ -21,16 +21,18 @@ const (
 	silence = 3
 )
 
-// awaitSlot returns once no other process holds the slot, or when the source can't be asked, which the session then tells.
-func (l *Leader) awaitSlot(ctx context.Context) {
+// awaitSlot returns once no other process holds the slot, or when the source can't be asked, which the session then tells. It
+// says whether it waited.
+func (l *Leader) awaitSlot(ctx context.Context) (waited bool) {
 	var h holding
 	var looked time.Time
 	pause := firstLook
 	for ctx.Err() == nil {
 		pid, err := l.holder(ctx)
 		if err != nil || pid == 0 {
-			return
+			return waited
 		}
+		waited = true
 		if pid != h.pid || time.Since(looked) > waitLook {
 			looked = time.Now()
 			if err := h.look(ctx, l.o.Source, l.o.Slot, pid); err == nil {
@@ -41,6 +43,7 @@ func (l *Leader) awaitSlot(ctx context.Context) {
 		sleep(ctx, spread(pause))
 		pause = min(pause*2, lastLook)
 	}
+	return waited
 }
 
 // holder returns the process that holds the slot; 0: none, or there is no slot.

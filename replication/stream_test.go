@@ -155,8 +155,9 @@ func TestKilledBetweenAppendAndAcknowledge(t *testing.T) {
 	// What a killed gateway leaves: appended, and no status sent.
 	l := NewLeader(Options{Source: s.pool, ReplicationURL: s.linked, Slot: s.slot, Publications: s.watcher.publications, Log: s.log, Bus: s.bus,
 		Watcher: s.watcher, Stats: s.stats, Logger: s.watcher.log})
-	src, err := l.prepare(t.Context(), nil)
+	src, err := l.prepare(t.Context(), &changelog.Known{})
 	s.ok(err)
+	src.claim.Again = l.remembered
 	conn, err := connect(t.Context(), s.dsn, src.encoding, senderTimeout)
 	s.ok(err)
 	s.ok(l.identify(t.Context(), conn, &src.claim))

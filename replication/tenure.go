@@ -200,16 +200,16 @@ func (t *tenure) compare(d *Definitions) (raises []changelog.Raise, other string
 	defer t.mu.Unlock()
 	for _, c := range d.Set.Collections {
 		stored, ok := t.ids[c.Name]
-		if !ok || stored.Fingerprint != c.Fingerprint {
-			return nil, c.Name
-		}
 		if bare := t.leader.o.Watcher.bare(c); bare != "" { // its next row would stop it, and may have: with an older look at the catalog
-			if stored.Stopped == "" {
+			if ok && stored.Stopped == "" {
 				stored.Stopped = withoutFullReason(bare)
 				t.ids[c.Name] = stored
 				raises = append(raises, changelog.Raise{Collection: stored.ID, SetStopped: true, Stopped: stored.Stopped})
 			}
 			continue
+		}
+		if !ok || stored.Fingerprint != c.Fingerprint {
+			return nil, c.Name
 		}
 		shape, healed := c.Table.Shape(), t.halted[c.Name] && withoutFull(c) == ""
 		if stored.Shape == shape && stored.Stopped == "" && !healed {

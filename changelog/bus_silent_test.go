@@ -1,0 +1,126 @@
+package changelog
+
+import (
+	"bufio"
+	"fmt"
+	"net"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/walgate/walgate/internal/redisserver"
+)
+
+// fakeRedis answers subscriptions and nothing else, hands each one's connection on, by its number, and tells when it ends.
+func fakeRedis(t *testing.T, subscribed func(n int, conn net.Conn, channel string)) (url string, ended <-chan int) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	ends := make(chan int, 100)
+	var count atomic.Int64
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				in, n := bufio.NewReader(conn), -1
+				for {
+					args, err := readCommand(in)
+					if err != nil {
+						ends <- n
+						return
+					}
+					switch strings.ToLower(args[0]) {
+					case "subscribe":
+						n = int(count.Add(1)) - 1
+						fmt.Fprintf(conn, "*3\r\n$9\r\nsubscribe\r\n$%d\r\n%s\r\n:1\r\n", len(args[1]), args[1])
+						subscribed(n, conn, args[1])
+					case "ping", "unsubscribe":
+					default:
+						fmt.Fprint(conn, "-ERR unknown command\r\n")
+					}
+				}
+			}()
+		}
+	}()
+	return "redis://" + l.Addr().String(), ends
+}
+
+// readCommand reads what a client sends: an array of texts.
+func readCommand(in *bufio.Reader) (args []string, err error) {
+	var n, size int
+	if _, err = fmt.Fscanf(in, "*%d\r\n", &n); err != nil {
+		return nil, err
+	}
+	for range n {
+		if _, err = fmt.Fscanf(in, "$%d\r\n", &size); err != nil {
+			return nil, err
+		}
+		var text string
+		if text, err = in.ReadString('\n'); err != nil {
+			return nil, err
+		}
+		args = append(args, strings.TrimSpace(text))
+	}
+	return args, nil
+}
+
+// TestRedisBusAfterASilentMessage: a connection that falls silent within a message is given up. The message's rest, which a
+// client may have written, is no answer of Redis.
+func TestRedisBusAfterASilentMessage(t *testing.T) {
+	t.Parallel()
+	url, ended := fakeRedis(t, func(n int, conn net.Conn, channel string) {
+		if n == 0 { // nothing follows the first half
+			fmt.Fprintf(conn, "*3\r\n$7\r\nmessage\r\n$%d\r\n%s\r\n$2000\r\n%s", len(channel), channel, strings.Repeat("x", 1000))
+		}
+	})
+	b := openBus(t, url)
+	for n := -1; n != 0; {
+		select {
+		case n = <-ended:
+		case <-time.After(time.Minute):
+			t.Fatal("the connection is still open")
+		}
+	}
+	awaitThat(t, "it subscribes again", func() bool { return b.stats.Subscribed.Load() > 1 })
+}
+
+// TestRedisBusOfNoRedis: whatever answers there must not end the process.
+func TestRedisBusOfNoRedis(t *testing.T) {
+	t.Parallel()
+	url, _ := fakeRedis(t, func(n int, conn net.Conn, _ string) {
+		if n < 3 {
+			fmt.Fprint(conn, []string{"*0\r\n", "*1\r\n*0\r\n", ":7\r\n"}[n])
+		}
+	})
+	b := openBus(t, url)
+	awaitThat(t, "it subscribes again each time", func() bool { return b.stats.Subscribed.Load() > 3 })
+}
+
+// TestRedisBusPublishesAgain: an instance that publishes nothing more still notices that it could.
+func TestRedisBusPublishesAgain(t *testing.T) {
+	t.Parallel()
+	server := redisserver.StartForTest(t, redisserver.Options{})
+	b := openBus(t, server.URL())
+	awaitWell(t, b, true)
+	subscribed := b.stats.Subscribed.Load()
+	if _, err := server.Do(t.Context(), "ACL", "SETUSER", "default", "-publish"); err != nil {
+		t.Fatal(err)
+	}
+	b.Publish(&Batch{Claim: 1, Prev: 1, Last: 2})
+	awaitWell(t, b, false)
+	if _, err := server.Do(t.Context(), "ACL", "SETUSER", "default", "+publish"); err != nil {
+		t.Fatal(err)
+	}
+	awaitWell(t, b, true)
+	if b.stats.Subscribed.Load() != subscribed {
+		t.Error("it subscribed again")
+	}
+}
