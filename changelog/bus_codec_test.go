@@ -2,6 +2,8 @@ package changelog
 
 import (
 	"bytes"
+	"encoding/binary"
+	"fmt"
 	"reflect"
 	"testing"
 	"time"
@@ -80,6 +82,35 @@ func TestMessagesOfOtherVersions(t *testing.T) {
 	message[0]++
 	if _, sender, err := parseBatch(message); err == nil || sender != 0 {
 		t.Errorf("sender %d, %v", sender, err)
+	}
+}
+
+// TestBrokenMessagesAreRefused: one that ends early, goes on behind its end, is of another format or larger than any, or has
+// numbers that its length belies.
+func TestBrokenMessagesAreRefused(t *testing.T) {
+	t.Parallel()
+	good := appendBatch(nil, 7, &Batch{History: "a1b2", Prev: 1, Last: 9, LSN: 5, Entries: []Entry{{Version: 9, DocID: []byte("x"), Data: []byte("{}")}},
+		Raises: []Raise{{Reason: "r"}}, Pushes: []Pushed{{Push: Push{Locals: []Local{{DocID: "d"}}}}}, Operations: []Operation{{ID: "a"}}})
+	if _, _, err := parseBatch(good); err != nil {
+		t.Fatal(err)
+	}
+	empty := appendBatch(nil, 7, &Batch{})
+	broken := map[string][]byte{
+		"one byte more":  append(bytes.Clone(good), 0),
+		"another format": append([]byte{batchFormat + 1}, good[1:]...),
+		"too large":      appendBatch(nil, 7, &Batch{Entries: []Entry{{Data: make([]byte, messageLimit)}}}),
+	}
+	for i := range good {
+		broken[fmt.Sprintf("%d bytes of it", i)] = good[:i]
+	}
+	for i := range 4 { // its four lists, each empty
+		at := len(empty) - 4 + i
+		broken[fmt.Sprintf("list %d of very many", i)] = append(binary.AppendUvarint(bytes.Clone(empty[:at]), 1<<60), bytes.Repeat([]byte{0}, 100)...)
+	}
+	for name, message := range broken {
+		if _, _, err := parseBatch(message); err == nil {
+			t.Errorf("%s: taken", name)
+		}
 	}
 }
 
