@@ -37,8 +37,8 @@ func chaosCommand(config *string) *cobra.Command {
 		Long: "chaos takes the collections of your configuration and the SQL of your tables, and starts a private PostgreSQL, Redis,\n" +
 			"three gateways and a load balancer. An application and clients of its own work on it, while gateways are killed and\n" +
 			"frozen, networks cut, servers crashed and restored, the slot dropped, the standby promoted. Then all is made well\n" +
-			"again, and every client must hold exactly what SELECT returns under its policy, every acknowledged push must be\n" +
-			"there once, and no client may have seen anything that wasn't so.\n\n" +
+			"again, and every client must hold exactly what SELECT returns under its policy, what only one client writes must be\n" +
+			"as it was acknowledged, and no client may have seen anything that wasn't so.\n\n" +
 			"Your own database, Redis and blob store are never connected to: of the configuration, only `collections` is used.\n" +
 			"Rows are made up. Everything that happens follows from the seed of its run, but for how the processes interleave:\n" +
 			"a failed run prints how to try its seed again. A line of JSON for each run goes to standard output, what a person\n" +
@@ -88,9 +88,12 @@ func runChaos(ctx context.Context, f chaosFlags, out, say io.Writer) error {
 		return err
 	}
 	var failed []string
-	runs := 0
+	runs, did := 0, map[string]int{}
 	o.Report = func(r chaos.Report) {
 		runs++
+		for what, n := range r.Counts {
+			did[what] += n
+		}
 		fmt.Fprintln(out, r)
 		happened := 0
 		for _, n := range r.Faults {
@@ -112,7 +115,12 @@ func runChaos(ctx context.Context, f chaosFlags, out, say io.Writer) error {
 	case runs == 0:
 		return errors.New("stopped before the first run was over: nothing was tried")
 	}
-	fmt.Fprintf(say, "%d runs, no violation\n", runs)
+	for what, of := range map[string]string{"application: commits": "no row could be written", "clients: changes": "no client was told a change"} {
+		if did[what] == 0 {
+			return fmt.Errorf("%d runs without a violation, but nothing was tried: %s. Tables that refuse made-up rows, or refer to rows of tables that are in no collection, stay empty; the reports on standard output count what was refused", runs, of)
+		}
+	}
+	fmt.Fprintf(say, "%d runs, no violation; %d commits, %d changes to clients, %d accepted pushes\n", runs, did["application: commits"], did["clients: changes"], did["pushes: accepted"])
 	return nil
 }
 

@@ -280,7 +280,7 @@ func sourceStatus(s *replication.Stats, w *replication.Watcher) gateway.SourceSt
 	return gateway.SourceStatus{
 		Leading: leading, Err: failure, Standby: standby, Waiting: s.Waiting(), Received: changelog.LSN(s.Received.Load()), Logged: changelog.LSN(s.Logged.Load()),
 		Acknowledged: changelog.LSN(s.Acknowledged.Load()), Transactions: s.Transactions.Load(), Rows: s.Rows.Load(),
-		Reconnects: s.Reconnects.Load(), PolicyErrors: s.PolicyErrors.Load(), LastCommit: time.Unix(0, s.CommitNanos.Load()),
+		Reconnects: s.Reconnects.Load(), Histories: s.Histories.Load(), PolicyErrors: s.PolicyErrors.Load(), LastCommit: time.Unix(0, s.CommitNanos.Load()),
 		LastHeard: time.Unix(0, s.WireNanos.Load()), QueueBytes: s.QueueBytes.Load(), SlotLag: slot.LagBytes, SlotSafe: slot.SafeBytes, LogRows: s.LogRows.Load(), SlotStatus: slot.Status,
 		Stopped: w.Current().Stopped, Impaired: w.Current().Impaired, Fills: fills,
 	}

@@ -21,10 +21,7 @@ func (s *status) readRedis(ctx context.Context, cfg *Config) {
 	s.Redis = &statusRedis{}
 	if err == nil {
 		s.Redis.Address = r.Addr()
-		if err = r.Client().Publish(ctx, r.Key("changes"), "").Err(); err != nil {
-			err = errors.New(changelog.ExplainRedis(err))
-		}
-		err = errors.Join(err, r.Close())
+		err = errors.Join(r.Check(ctx), r.Close())
 	}
 	if err != nil {
 		s.Redis.Error = err.Error()

@@ -124,3 +124,59 @@ func TestRedisBusPublishesAgain(t *testing.T) {
 		t.Error("it subscribed again")
 	}
 }
+
+// TestRedisBusLooksAroundSubscribing: the log is looked at again and again until there is a subscription, and once more then,
+// for what was announced shortly before.
+func TestRedisBusLooksAroundSubscribing(t *testing.T) {
+	t.Parallel()
+	for name, answers := range map[string]bool{"answered": true, "never answered": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			asked, listening, ended := make(chan struct{}), make(chan struct{}), make(chan struct{})
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			go func() {
+				conn, err := l.Accept()
+				if err != nil {
+					return
+				}
+				defer close(ended)
+				defer conn.Close()
+				in := bufio.NewReader(conn)
+				for {
+					args, err := readCommand(in)
+					switch {
+					case err != nil:
+						return
+					case !strings.EqualFold(args[0], "subscribe"):
+						fmt.Fprint(conn, "-ERR unknown command\r\n")
+						continue
+					}
+					close(asked)
+					if <-listening; answers {
+						fmt.Fprintf(conn, "*3\r\n$9\r\nsubscribe\r\n$%d\r\n%s\r\n:1\r\n", len(args[1]), args[1])
+					}
+				}
+			}()
+			b := openBus(t, "redis://"+l.Addr().String())
+			sub := b.Subscribe(t.Context())
+			<-asked
+			for len(sub) > 0 {
+				<-sub
+			}
+			if close(listening); answers {
+				awaitHints(t, sub, 1)
+				return
+			}
+			awaitHints(t, sub, 5)
+			select {
+			case <-ended:
+				t.Error("it was given up before the log was looked at often")
+			default:
+			}
+		})
+	}
+}

@@ -135,6 +135,29 @@ func (r *Redis) downLocked() string {
 	return ""
 }
 
+// Check tries all that instances do with Redis and the rights that they need for it.
+func (r *Redis) Check(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*redisPatience)
+	defer cancel()
+	subscribe, publish, channel := r.client.Subscribe, r.client.Publish, r.Key("check")
+	if r.sharded {
+		subscribe, publish = r.client.SSubscribe, r.client.SPublish
+	}
+	s := subscribe(ctx, channel)
+	defer s.Close()
+	_, err := s.ReceiveTimeout(ctx, redisPatience)
+	if err == nil {
+		err = publish(ctx, channel, "").Err()
+	}
+	if err == nil {
+		err = r.client.Eval(ctx, `return redis.call('GET', KEYS[1])`, []string{r.Key("check")}).Err()
+	}
+	if err != nil && !errors.Is(err, redis.Nil) {
+		return errors.New(ExplainRedis(err))
+	}
+	return nil
+}
+
 // Close closes all connections.
 func (r *Redis) Close() error { return r.client.Close() }
 
@@ -163,7 +186,7 @@ func ExplainRedis(err error) string {
 	text := err.Error()
 	switch {
 	case strings.Contains(text, "NOPERM"):
-		return "its ACL doesn't allow what walgate needs: the user of redis.url wants ~walgate:* &walgate:* +publish +subscribe +unsubscribe +spublish +ssubscribe +sunsubscribe +ping +evalsha +eval +time +get +set (" + text + ")"
+		return "its ACL doesn't allow what walgate needs: the user of redis.url wants ~walgate:* &walgate:* +publish +subscribe +unsubscribe +spublish +ssubscribe +sunsubscribe +ping +evalsha +eval +time +get +set, and with a database in the URL +select (" + text + ")"
 	case strings.Contains(text, "NOAUTH"), strings.Contains(text, "WRONGPASS"):
 		return "it refuses the user or password of redis.url (" + text + ")"
 	}

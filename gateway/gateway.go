@@ -81,6 +81,7 @@ type SourceStatus struct {
 	Transactions uint64
 	Rows         uint64
 	Reconnects   uint64
+	Histories    uint64 // new ones that this instance began
 	PolicyErrors uint64
 	LastCommit   time.Time
 	LastHeard    time.Time

@@ -107,6 +107,7 @@ func newMetrics(g *Gateway) *metrics {
 	gauge("walgate_collections_stopped", "Collections that are stopped until their table fits their policy again.", status(func(s SourceStatus) float64 { return float64(len(s.Stopped)) }))
 	total("walgate_transactions_total", "Source transactions logged by this instance.", status(func(s SourceStatus) float64 { return float64(s.Transactions) }))
 	total("walgate_changes_total", "Changes logged by this instance, one for each scope that they touch.", status(func(s SourceStatus) float64 { return float64(s.Rows) }))
+	total("walgate_new_histories_total", "Times this instance, leading, began a new history, as after the loss of the slot or of a server: every client resynchronises.", status(func(s SourceStatus) float64 { return float64(s.Histories) }))
 	total("walgate_reconnects_total", "Times replication stopped and was tried again.", status(func(s SourceStatus) float64 { return float64(s.Reconnects) }))
 	if g.fleet != nil {
 		total("walgate_rate_alone_total", "Requests that this instance alone held to their subject's rate, because Redis did not answer.", func() float64 { return float64(g.fleet.alone.Load()) })

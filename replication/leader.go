@@ -229,6 +229,7 @@ func (l *Leader) report(c *changelog.Claimed) {
 	case changelog.FirstStart:
 		log.Info("the change log begins")
 	default:
+		l.o.Stats.Histories.Add(1)
 		log.Warn("a new history begins; clients will resynchronise", "reason", c.NewHistory)
 	}
 	for _, r := range c.Raised {

@@ -18,6 +18,7 @@ type Stats struct {
 	Transactions atomic.Uint64 // logged
 	Rows         atomic.Uint64 // logged
 	Reconnects   atomic.Uint64
+	Histories    atomic.Uint64 // new ones that this instance began, but for the first
 	PolicyErrors atomic.Uint64 // rows that nobody sees because their policy failed
 	CommitNanos  atomic.Int64  // commit time of the newest logged transaction, Unix ns
 	WireNanos    atomic.Int64  // when anything was last received, Unix ns

@@ -28,6 +28,7 @@ func TestChaos(t *testing.T) {
 	o := options(t)
 	o.Seed, o.Runs, o.Duration = *chaosSeed, *chaosRuns, *chaosDuration
 	o.Rounds, o.Clients, o.Writers = *chaosRounds, *chaosClients, *chaosWriters
+	o.Replay = replay()
 	if seeded := isSet("seed"); o.Runs == 0 && o.Duration == 0 && !seeded {
 		o.Runs = 3
 	}
@@ -54,6 +55,20 @@ func TestChaos(t *testing.T) {
 	if _, err := Run(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// replay is the command that runs a seed as this test was told to.
+func replay() string {
+	var major, also string
+	if v := os.Getenv("WALGATE_TEST_PG"); v != "" {
+		major = "WALGATE_TEST_PG=" + v + " "
+	}
+	for _, name := range []string{"rounds", "clients", "writers"} {
+		if isSet(name) {
+			also += " -" + name + " " + flag.Lookup(name).Value.String()
+		}
+	}
+	return major + "go test ./internal/chaos -run Chaos -seed %d" + also
 }
 
 func isSet(name string) (set bool) {

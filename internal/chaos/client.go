@@ -67,7 +67,7 @@ const (
 
 func newClient(w *World, n int, rng *rand.Rand) (*client, error) {
 	c := &client{w: w, n: n, rng: rng, subject: w.subjects[n%len(w.subjects)], device: fmt.Sprintf("chaos-%x-%d", w.o.Seed, n), documents: map[string]map[string]rawJSON{},
-		http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4, IdleConnTimeout: 5 * time.Second}}, slow: n%4 == 3, keepless: n%6 == 5}
+		http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4, IdleConnTimeout: 5 * time.Second}}, slow: n%4 == 3, keepless: n%5 == 4}
 	c.files.kept = map[string]string{}
 	c.history = newHistory(c.device, c.mine, func(rule, text string) { c.violation(rule, "%s", text) })
 	return c, c.claim()
@@ -170,6 +170,8 @@ func (c *client) run(ctx context.Context) {
 			watching, cancel := context.WithTimeout(ctx, 50*time.Millisecond+upTo(c.rng, 800*time.Millisecond))
 			err = c.follow(watching, false)
 			cancel()
+		case n == 9 && c.n > 0 && !c.keepless && c.rng.IntN(6) == 0:
+			c.renew()
 		case n == 9:
 			pause(ctx, upTo(c.rng, 300*time.Millisecond))
 		case n < 20:

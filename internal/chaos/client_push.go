@@ -50,9 +50,9 @@ const (
 // wrote says whether a result tells that the change's token was written.
 func (r pushResult) wrote(t *table, ch *pushChange) answered {
 	switch {
-	case r.Status == "accepted" && ch.Operation != "delete":
+	case (r.Status == "accepted" || r.Status == "duplicate" && r.Policy == "") && ch.Operation != "delete":
 		return yes
-	case r.Status != "conflict_resolved":
+	case r.Status != "conflict_resolved" && r.Status != "duplicate": // which names the policy of the first answer
 		return unknown
 	}
 	switch r.Policy {

@@ -6,8 +6,14 @@ import (
 	"time"
 )
 
-// frozenBeyond is longer than every lease and deadline by which others notice that a gateway stands still.
-const frozenBeyond = 7 * time.Second
+const (
+	// frozenBeyond is longer than the server waits for a walsender's reader, and frozenLong than every lease and deadline by which
+	// others notice that a gateway stands still, but for a connection to the log that says nothing.
+	frozenBeyond = 7 * time.Second
+	frozenLong   = 17 * time.Second
+	// silentLong is longer than an instance waits for Redis, or for a server that says nothing on a replication connection.
+	silentLong = 8 * time.Second
+)
 
 func failpoints(o Options, _ setup) bool  { return o.Failpoints }
 func withRedis(_ Options, w setup) bool   { return w.redis }
@@ -29,17 +35,19 @@ func init() {
 	faults = []fault{
 		{name: "leader killed", times: 3, do: (*run).killLeader},
 		{name: "gateway killed", times: 2, do: (*run).killOne},
-		{name: "gateway killed at a step", times: 4, needs: failpoints, do: (*run).dieAtAStep},
+		{name: "gateway killed at a step", times: 4, needs: failpoints, takes: stepTakes, do: (*run).dieAtAStep},
 		{name: "all gateways killed", times: 1, do: (*run).killAll},
 		{name: "gateway stopped", times: 1, do: (*run).stopOne},
 		{name: "rolling upgrade", times: 1, do: (*run).upgrade},
 		{name: "gateway frozen", times: 2, do: (*run).freezeOne},
 		{name: "leader frozen", times: 1, do: (*run).freezeLeader},
-		{name: "leader frozen beyond every lease", times: 1, lasts: frozenBeyond, do: (*run).freezeBeyond},
+		{name: "leader frozen beyond its walsender", times: 1, lasts: frozenBeyond, do: (*run).freezeBeyond},
+		{name: "leader frozen beyond every lease", times: 1, lasts: frozenLong, do: (*run).freezeLong},
 
 		{name: "network cut", times: 4, do: (*run).cut},
 		{name: "network down", times: 3, do: (*run).down},
 		{name: "network stalled", times: 3, do: (*run).stall},
+		{name: "network stalled for long", times: 2, lasts: silentLong, do: (*run).stallLong},
 		{name: "network stalled one way", times: 2, do: (*run).stallOneWay},
 		{name: "network stalled, then cut", times: 2, do: (*run).stallThenCut},
 		{name: "network slow", times: 2, do: (*run).slow},
@@ -57,6 +65,7 @@ func init() {
 		{name: "Redis restarted", times: 1, needs: withRedis, do: (*run).restartRedis},
 		{name: "Redis away", times: 2, needs: withRedis, do: (*run).redisAway},
 		{name: "Redis silent", times: 2, needs: withRedis, do: (*run).redisSilent},
+		{name: "Redis silent for long", times: 2, needs: withRedis, lasts: silentLong, do: (*run).redisSilentLong},
 		{name: "Redis' subscribers ended", times: 2, needs: withRedis, do: (*run).endSubscribers},
 
 		{name: "source crashed", times: 2, do: (*run).crashSource},

@@ -87,6 +87,9 @@ func (r *run) startAll() {
 	}
 }
 
+// stepTakes is how long a gateway is waited for that shall die at a step: it must start, and lead or serve, before.
+const stepTakes = 4 * time.Second
+
 // dieAtAStep runs a gateway that ends itself at a step of its path. For the leader's steps the present leader is killed, so
 // that another takes over.
 func (r *run) dieAtAStep(ctx context.Context, rng *rand.Rand) (string, error) {
@@ -95,11 +98,11 @@ func (r *run) dieAtAStep(ctx context.Context, rng *rand.Rand) (string, error) {
 	at, hit := points[rng.IntN(len(points))], 1
 	switch {
 	case at == failpoint.Received || at == failpoint.Decoded:
-		hit += rng.IntN(500)
+		hit += rng.IntN(60)
 	case at > failpoint.Decoded && at <= failpoint.PushCommitted:
-		hit += rng.IntN(20)
+		hit += rng.IntN(4)
 	}
-	limit := between(rng, time.Second, 2*time.Second)
+	limit := between(rng, stepTakes*2/3, stepTakes)
 	died := ""
 	_, err := exclusively(ctx, []token{i.hold}, func() (string, error) {
 		if err := i.end(syscall.SIGKILL); err != nil {
@@ -193,6 +196,14 @@ func (r *run) freezeBeyond(ctx context.Context, _ *rand.Rand) (string, error) {
 		return "", nil
 	}
 	return r.freeze(context.WithoutCancel(ctx), i, frozenBeyond)
+}
+
+func (r *run) freezeLong(ctx context.Context, _ *rand.Rand) (string, error) {
+	i := r.leader(ctx)
+	if i == nil {
+		return "", nil
+	}
+	return r.freeze(context.WithoutCancel(ctx), i, frozenLong)
 }
 
 func (r *run) freeze(ctx context.Context, i *instance, d time.Duration) (string, error) {

@@ -62,6 +62,10 @@ func (r *run) stall(ctx context.Context, rng *rand.Rand) (string, error) {
 	return r.during(ctx, r.anyWay(rng), "network stalled", between(rng, 200*time.Millisecond, 1700*time.Millisecond), (*badlink.Link).Stall, (*badlink.Link).Resume)
 }
 
+func (r *run) stallLong(ctx context.Context, rng *rand.Rand) (string, error) {
+	return r.during(context.WithoutCancel(ctx), r.anyWay(rng), "network stalled", silentLong, (*badlink.Link).Stall, (*badlink.Link).Resume)
+}
+
 func (r *run) stallOneWay(ctx context.Context, rng *rand.Rand) (string, error) {
 	w, begin, what := r.anyWay(rng), (*badlink.Link).StallRequests, "requests stalled"
 	if rng.IntN(2) == 0 {

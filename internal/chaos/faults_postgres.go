@@ -77,7 +77,7 @@ func (r *run) endBackends(ctx context.Context, rng *rand.Rand) (string, error) {
 
 func (r *run) promoteCaughtUp(ctx context.Context, _ *rand.Rand) (string, error) {
 	return r.withSource(ctx, func() (string, error) {
-		if r.standby == nil {
+		if r.standby == nil || !r.slotSynchronised(ctx) {
 			return "", nil
 		}
 		return "caught up", r.promote(context.WithoutCancel(ctx), false)
@@ -87,7 +87,7 @@ func (r *run) promoteCaughtUp(ctx context.Context, _ *rand.Rand) (string, error)
 func (r *run) promoteBehind(ctx context.Context, rng *rand.Rand) (string, error) {
 	behind := between(rng, 50*time.Millisecond, 600*time.Millisecond)
 	return r.withSource(ctx, func() (string, error) {
-		if r.standby == nil {
+		if r.standby == nil || !r.slotSynchronised(ctx) {
 			return "", nil
 		}
 		r.wal.Down()

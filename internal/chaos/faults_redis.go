@@ -44,7 +44,14 @@ func (r *run) redisAway(ctx context.Context, rng *rand.Rand) (string, error) {
 }
 
 func (r *run) redisSilent(ctx context.Context, rng *rand.Rand) (string, error) {
-	silent := between(rng, 200*time.Millisecond, 1800*time.Millisecond)
+	return r.silenceRedis(ctx, between(rng, 200*time.Millisecond, 1800*time.Millisecond))
+}
+
+func (r *run) redisSilentLong(ctx context.Context, _ *rand.Rand) (string, error) {
+	return r.silenceRedis(context.WithoutCancel(ctx), silentLong)
+}
+
+func (r *run) silenceRedis(ctx context.Context, silent time.Duration) (string, error) {
 	return exclusively(ctx, []token{r.redisHold}, func() (string, error) {
 		err := r.stack.redis.Pause()
 		r.note("Redis is silent for %s", silent)

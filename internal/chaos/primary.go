@@ -187,3 +187,26 @@ func (r *run) promote(ctx context.Context, behind bool) error {
 	}
 	return nil
 }
+
+// slotSynchronised waits, where the standby is to keep the gateways' slot, until it does; false: not in time.
+func (r *run) slotSynchronised(ctx context.Context) bool {
+	if !r.setup.synced {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	for {
+		var has bool
+		err := r.ask(ctx, r.source, "postgres", nil, `SELECT pg_log_standby_snapshot()`) // lets the slot's restart position pass the standby's
+		if err == nil {
+			err = r.ask(ctx, r.standby, "postgres", &has, `SELECT EXISTS (SELECT FROM pg_replication_slots WHERE plugin = 'pgoutput' AND synced AND NOT temporary)`)
+		}
+		if err == nil && has {
+			return true
+		}
+		if !sleep(ctx, 100*time.Millisecond) {
+			r.note("the standby didn't get the gateways' slot in time: %v", err)
+			return false
+		}
+	}
+}

@@ -193,7 +193,7 @@ func (r *run) round(ctx context.Context, n int) error {
 	steps := r.plan[n]
 	long := r.stack.o.Round
 	for _, s := range steps {
-		long = max(long, s.at+s.fault.lasts)
+		long = max(long, s.at+max(s.fault.lasts, s.fault.takes))
 	}
 	working, stop := context.WithTimeout(ctx, long)
 	defer stop()

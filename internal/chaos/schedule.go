@@ -65,7 +65,8 @@ type fault struct {
 	times   int                           // how often it is in a seed's deck
 	needs   func(o Options, w setup) bool // nil: nothing
 	special func(w setup) bool            // whether a setup is made for it; nil: none is
-	lasts   time.Duration                 // where that is longer than a round
+	lasts   time.Duration                 // where that is longer than a round: only seeds that have the time get it
+	takes   time.Duration                 // how long the round goes on after its begin
 	// do lets it happen and makes it good again. It returns what happened, to whom; nothing where it couldn't.
 	do func(r *run, ctx context.Context, rng *rand.Rand) (what string, err error)
 }

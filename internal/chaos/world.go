@@ -128,9 +128,6 @@ func (w *World) Run(ctx context.Context) {
 	}
 	for _, c := range w.clients {
 		c.calm = false
-		if c.n > 0 && !c.keepless && w.rounds > 1 && c.rng.IntN(12) == 0 {
-			c.renew()
-		}
 		all.Go(func() { c.run(ctx) })
 	}
 	all.Wait()

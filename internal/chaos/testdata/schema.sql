@@ -2,7 +2,7 @@
 CREATE TYPE mood AS ENUM ('calm', 'busy', 'angry');
 CREATE TABLE edits (seq bigserial PRIMARY KEY, at timestamptz NOT NULL DEFAULT clock_timestamp(), xid xid8 NOT NULL DEFAULT pg_current_xact_id(), "table" text NOT NULL, token text NOT NULL);
 CREATE FUNCTION log_edit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-	IF new.token LIKE 'push %' AND (TG_OP = 'INSERT' OR new.token IS DISTINCT FROM old.token) THEN
+	IF new.token LIKE 'push %' THEN -- also where it stood there before: it must not be written twice
 		INSERT INTO edits ("table", token) VALUES (TG_TABLE_NAME, new.token);
 	END IF;
 	RETURN NULL;
@@ -31,9 +31,9 @@ CREATE TABLE levels (id int PRIMARY KEY, level int, archived bool NOT NULL DEFAU
 CREATE TABLE goods (id int PRIMARY KEY, name text, label text DEFAULT 'x', at timestamptz DEFAULT now());
 INSERT INTO goods SELECT g, 'good ' || g FROM generate_series(1, 300) g;
 
-CREATE TRIGGER log_edit AFTER INSERT OR UPDATE ON tasks FOR EACH ROW EXECUTE FUNCTION log_edit();
-CREATE TRIGGER log_edit AFTER INSERT OR UPDATE ON steps FOR EACH ROW EXECUTE FUNCTION log_edit();
-CREATE TRIGGER log_edit AFTER INSERT OR UPDATE ON notes FOR EACH ROW EXECUTE FUNCTION log_edit();
-CREATE TRIGGER log_edit AFTER INSERT OR UPDATE ON events FOR EACH ROW EXECUTE FUNCTION log_edit();
-CREATE TRIGGER log_edit AFTER INSERT OR UPDATE ON prices FOR EACH ROW EXECUTE FUNCTION log_edit();
-CREATE TRIGGER log_edit AFTER INSERT OR UPDATE ON levels FOR EACH ROW EXECUTE FUNCTION log_edit();
+CREATE TRIGGER log_edit AFTER INSERT OR UPDATE OF token ON tasks FOR EACH ROW EXECUTE FUNCTION log_edit();
+CREATE TRIGGER log_edit AFTER INSERT OR UPDATE OF token ON steps FOR EACH ROW EXECUTE FUNCTION log_edit();
+CREATE TRIGGER log_edit AFTER INSERT OR UPDATE OF token ON notes FOR EACH ROW EXECUTE FUNCTION log_edit();
+CREATE TRIGGER log_edit AFTER INSERT OR UPDATE OF token ON events FOR EACH ROW EXECUTE FUNCTION log_edit();
+CREATE TRIGGER log_edit AFTER INSERT OR UPDATE OF token ON prices FOR EACH ROW EXECUTE FUNCTION log_edit();
+CREATE TRIGGER log_edit AFTER INSERT OR UPDATE OF token ON levels FOR EACH ROW EXECUTE FUNCTION log_edit();
