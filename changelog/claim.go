@@ -237,7 +237,7 @@ func leaveGap(ctx context.Context, tx pgx.Tx, last, first, floor Version) (Versi
 // firstVersion lies above every version issued before.
 func firstVersion(stored Version, source, storage time.Time, lost bool) Version {
 	v := max(stored, VersionAt(source), VersionAt(storage)) // not our own clock: an instance's may be wrong
-	if lost { // nothing remembers what was issued, and a clock may have run ahead
+	if lost {                                               // nothing remembers what was issued, and a clock may have run ahead
 		v += VersionAt(time.UnixMilli(epochMillis).Add(time.Hour))
 	}
 	return v + 1
