@@ -199,7 +199,7 @@ func (h *hub) step(ctx context.Context) (more bool, err error) {
 	if stop(); err != nil {
 		return false, err
 	}
-	if old == nil || idle || now.Version == old.Version && now.History == old.History {
+	if old == nil || idle || now.Version <= old.Version && now.History == old.History { // below: the log's server was set back
 		return !h.standAt(now), nil
 	}
 	p, err := h.log.ReadAll(ctx, old.Version, now.Version, gapPage, gapBytes)
@@ -234,14 +234,11 @@ func (h *hub) step(ctx context.Context) (more bool, err error) {
 func (h *hub) standAt(now *changelog.Head) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.head != nil && h.head.Version > now.Version && h.head.History == now.History {
-		return true // a batch was applied meanwhile
-	}
 	if h.head != nil && h.head.Version < now.Version && !h.idleLocked() && h.head.History == now.History {
 		return false
 	}
 	h.adoptLocked(now)
-	h.whole = now.Version
+	h.whole, h.target = now.Version, now.Version
 	h.passLocked(now.LSN)
 	return true
 }
@@ -257,7 +254,7 @@ func (h *hub) adoptLocked(now *changelog.Head) {
 		close(h.started)
 		return
 	}
-	lost := now.Version >= old.Version && !now.Issued(old.Version) // what was handed out is
+	lost := !now.Issued(old.Version) // what was handed out is
 	if now.History == old.History && !lost && !h.joined && slices.Equal(now.Collections, old.Collections) {
 		return // nobody can be cut off: whoever is here was looked at under the same state
 	}

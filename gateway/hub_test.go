@@ -430,3 +430,30 @@ func TestHubAdoptsBeforeItDisowns(t *testing.T) {
 		t.Errorf("the hub stands at %d of claim %d", h.head.Version, h.head.Claim)
 	}
 }
+
+// TestHubOfALogSetBack: the log's server was restored from a copy of its files, under running instances, whose clocks or its own ran ahead
+// before. Who is live has seen what was lost, and the hub goes on from where the log is.
+func TestHubOfALogSetBack(t *testing.T) {
+	t.Parallel()
+	for name, somebody := range map[string]bool{"while somebody is live": true, "while nobody is": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newTestHub()
+			s := newTestSub(1<<20, 1)
+			if somebody {
+				h.join(s, 100)
+			}
+			h.target = 120
+			h.standAt(&changelog.Head{Version: 50, LSN: 7, History: testHistory, Collections: h.head.Collections})
+			if h.head.Version != 50 || h.whole != 50 || h.target > 50 {
+				t.Errorf("the hub stands at %d, whole %d, target %d", h.head.Version, h.whole, h.target)
+			}
+			if _, _, end, _ := s.take(nil); somebody && (end == nil || end.Reason != reasonAhead) {
+				t.Errorf("who has seen what was lost goes on: %+v", end)
+			}
+			if from := h.join(newTestSub(1<<20, 1), 50); from != 50 {
+				t.Errorf("who joins is sent to %d", from)
+			}
+		})
+	}
+}

@@ -2,9 +2,12 @@ package chaos
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 
 	"github.com/walgate/walgate/changelog"
 )
@@ -47,8 +50,12 @@ func (r *run) dropPartition(ctx context.Context, rng *rand.Rand) (string, error)
 			return "", err
 		}
 		var end int64
-		err := r.askLog(ctx, &end, `UPDATE walgate.checkpoint SET version = (version / $1 + 1) * $1 + 1 RETURNING version - 1`, day)
+		// Only where a leader has claimed the log since its server started: it has noted which versions were never issued.
+		err := r.askLog(ctx, &end, `UPDATE walgate.checkpoint SET version = (version / $1 + 1) * $1 + 1 WHERE server_started = pg_postmaster_start_time() RETURNING version - 1`, day)
 		r.startAll()
+		if errors.Is(err, pgx.ErrNoRows) {
+			return "", nil
+		}
 		if err != nil {
 			return "", err
 		}
