@@ -129,13 +129,16 @@ type Head struct {
 }
 
 // Issued says whether the log may have issued v, as far as it remembers.
-func (h *Head) Issued(v Version) bool {
+func (h *Head) Issued(v Version) bool { return v <= h.Version && !h.Skipped(v) }
+
+// Skipped says whether v lies in a gap: who has it has seen what was lost.
+func (h *Head) Skipped(v Version) bool {
 	for i := 0; i+1 < len(h.Gaps); i += 2 {
 		if h.Gaps[i] < v && v < h.Gaps[i+1] {
-			return false
+			return true
 		}
 	}
-	return v <= h.Version
+	return false
 }
 
 // Collection returns the state of the collection with this id, or nil.

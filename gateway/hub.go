@@ -255,7 +255,7 @@ func (h *hub) adoptLocked(now *changelog.Head) {
 		return
 	}
 	lost := !now.Issued(old.Version) // what was handed out is
-	if now.History == old.History && !lost && !h.joined && slices.Equal(now.Collections, old.Collections) {
+	if now.History == old.History && !lost && !h.joined && slices.Equal(now.Collections, old.Collections) && slices.Equal(now.Gaps, old.Gaps) {
 		return // nobody can be cut off: whoever is here was looked at under the same state
 	}
 	h.joined = false
@@ -264,7 +264,7 @@ func (h *hub) adoptLocked(now *changelog.Head) {
 			s.end(&resync{Collections: s.feed.names(), Attachments: s.feed.files != nil, Reason: reasonHistory})
 			continue
 		}
-		if lost {
+		if lost || now.Skipped(s.reached(old.Version)) { // it may have read the log before that was set back, and joined after
 			s.end(&resync{Collections: s.feed.names(), Attachments: s.feed.files != nil, Reason: reasonAhead})
 			continue
 		}

@@ -457,3 +457,25 @@ func TestHubOfALogSetBack(t *testing.T) {
 		})
 	}
 }
+
+// TestHubEndsWhoReadWhatWasLost: a session read the log, which was then set back; the hub took that over, and only then the session
+// joined, for its client was slow. It must not go on as if nothing had been lost.
+func TestHubEndsWhoReadWhatWasLost(t *testing.T) {
+	t.Parallel()
+	h := newTestHub()
+	at := func(gaps ...changelog.Version) *changelog.Head {
+		return &changelog.Head{Version: 50, History: testHistory, Collections: h.head.Collections, Gaps: gaps}
+	}
+	h.standAt(at())
+	reader, other := newTestSub(1<<20, 1), newTestSub(1<<20, 1)
+	h.join(reader, 98)
+	h.join(other, 50)
+	h.adoptLocked(at())
+	h.adoptLocked(at(50, 110)) // the next leader has claimed the log
+	if _, _, end, _ := reader.take(nil); end == nil || end.Reason != reasonAhead {
+		t.Errorf("who has seen what was lost goes on: %+v", end)
+	}
+	if _, live, end, _ := other.take(nil); !live || end != nil {
+		t.Errorf("who hasn't is ended: %+v", end)
+	}
+}
