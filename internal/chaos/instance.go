@@ -11,6 +11,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -209,6 +211,9 @@ func (i *instance) end(signal os.Signal) error {
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	if armed := slices.ContainsFunc(cmd.Env, func(s string) bool { return strings.HasPrefix(s, failpoint.Env+"=") }); armed && signal == syscall.SIGTERM && !cmd.ProcessState.Exited() {
+		return nil // it came to the step at which it was to die on its way out
+	}
 	if served, err := i.servedLocked(); running && signal == syscall.SIGTERM && !cmd.ProcessState.Success() && served {
 		i.broken("%s did not stop well: %v", i.name, errors.Join(errors.New(cmd.ProcessState.String()), err))
 	}
