@@ -147,6 +147,11 @@ func (c *client) renew() {
 	c.note("new claims")
 	c.w.count("clients: new claims")
 	c.promises = nil
+	c.w.ledger.mu.Lock()
+	for _, d := range c.edits.own { // a row that it may not see any more is deleted without effect, as one that isn't there
+		d.vague = true
+	}
+	c.w.ledger.mu.Unlock()
 	for name := range c.documents {
 		if !slices.Contains(c.names, name) {
 			delete(c.documents, name)
