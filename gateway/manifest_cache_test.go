@@ -39,7 +39,8 @@ func TestManifestKnown(t *testing.T) {
 			read, err := e.log.Operations(ctx, changelog.OperationsRequest{Scopes: scopes.keys, Since: r.since, Limit: limit})
 			ok(t, err)
 			want := slices.DeleteFunc(read.Operations, func(o changelog.Operation) bool { return since == 0 && o.Delete })
-			if read.Last != known.current || read.More != known.more || len(want)+len(known.operations) > 0 && !reflect.DeepEqual(want, known.operations) {
+			moved := read.Last < known.current || read.Last != known.current && read.More // an idle log's position moves on
+			if moved || read.More != known.more || len(want)+len(known.operations) > 0 && !reflect.DeepEqual(want, known.operations) {
 				t.Fatalf("seed %d: known up to %d (more %v): %v\nread up to %d (more %v): %v", seed, known.current, known.more, known.operations, read.Last, read.More, want)
 			}
 		}
@@ -95,7 +96,7 @@ func TestManifestIdlePolls(t *testing.T) {
 	if poll.brief() != "" || poll.Current <= idle.Current {
 		t.Errorf("a poll: %s up to %d, which was %d", poll.brief(), poll.Current, idle.Current)
 	}
-	if again := e.manifest(t, a, "c", poll.Current, 0); again.brief() != "" || again.Current != poll.Current {
+	if again := e.manifest(t, a, "c", poll.Current, 0); again.brief() != "" || again.Current < poll.Current {
 		t.Errorf("another: %+v", again)
 	}
 	if m := e.manifest(t, a, "c", 0, 0); m.brief() != list.brief() {
