@@ -149,3 +149,44 @@ func TestLeaderThatCannotReachTheLog(t *testing.T) {
 		t.Error("a new history began although nothing was lost")
 	}
 }
+
+// TestWaitingEndsBackOff: how often this instance failed says nothing about the time when the slot, that another one held
+// meanwhile, comes free: it doesn't sleep then as after its own failures.
+func TestWaitingEndsBackOff(t *testing.T) {
+	t.Parallel()
+	s := newSource(t, setup{timing: quick})
+	s.stop()
+	s.unread()
+	pauses := func() []string {
+		var found []string
+		for line := range strings.Lines(s.logged.String()) {
+			if _, pause, ok := strings.Cut(line, "pause="); ok && strings.Contains(line, "trying again") {
+				found = append(found, strings.TrimSpace(pause))
+			}
+		}
+		return found
+	}
+	s.exec(`ALTER TABLE walgate.checkpoint RENAME TO away`)
+	s.launch()
+	s.await("its pauses have grown", func() bool { return len(pauses()) >= 4 })
+	var other *pgconn.PgConn
+	s.await("another instance has the slot", func() bool {
+		conn, err := connect(t.Context(), s.dsn, "UTF8", 0)
+		s.ok(err)
+		if start(t.Context(), conn, s.slot, s.watcher.publications) != nil { // it has it at the moment
+			conn.Conn().Close()
+			return false
+		}
+		other = conn
+		return true
+	})
+	s.says("it waits", "is held by process")
+	before := pauses()
+	other.Conn().Close()
+	s.await("it fails again", func() bool { return len(pauses()) > len(before) })
+	if next := pauses()[len(before)]; before[3] != "400ms" || next != "50ms" {
+		t.Errorf("the pauses were %s, and %s when it had waited", before, next)
+	}
+	s.exec(`ALTER TABLE walgate.away RENAME TO checkpoint`)
+	s.await("it leads", s.leads)
+}
