@@ -260,6 +260,11 @@ func TestRedisAddresses(t *testing.T) {
 			awaitWell(t, there, true)
 			awaitWell(t, here, true)
 			awaitBatch(t, here, there.Subscribe(t.Context()), &Batch{History: "a1b2", Last: 7})
+			if strings.HasPrefix(name, "cluster") { // an ordinary channel would go to all nodes
+				if channels, err := server.Do(t.Context(), "PUBSUB", "SHARDCHANNELS"); err != nil || !strings.Contains(channels, "walgate:") {
+					t.Errorf("sharded channels: %q, %v", channels, err)
+				}
+			}
 		})
 	}
 }

@@ -231,8 +231,9 @@ func (r *run) step(ctx context.Context, s step) {
 		return
 	}
 	what, err := s.fault.do(r, ctx, s.rng())
+	end, bounded := ctx.Deadline() // connections notice it before the context does
 	switch {
-	case err != nil && ctx.Err() == nil:
+	case err != nil && ctx.Err() == nil && !(bounded && time.Now().After(end)):
 		r.broken("the fault %q could not be done: %v", s.fault.name, err)
 	case err != nil:
 		r.note("%s: given up at the round's end: %v", s.fault.name, err)
