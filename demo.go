@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/walgate/walgate/internal/pgserver"
+	"github.com/walgate/walgate/internal/ports"
 )
 
 const (
@@ -192,7 +193,7 @@ func (d *demo) writeConfig() (err error) {
 		return err
 	}
 	if d.port == 0 {
-		if d.port, err = pgserver.FreePort(); err != nil {
+		if d.port, _, err = ports.Reserve(); err != nil {
 			return err
 		}
 	}

@@ -15,7 +15,7 @@ const modulePath = "github.com/walgate/walgate"
 
 // fences says which of our packages each package may import, and which libraries only it may.
 var fences = map[string]struct{ ours, libraries []string }{
-	".":                    {ours: []string{"blobstore", "changelog", "gateway", "internal/chaos", "internal/pgserver", "internal/redisserver", "policies", "replication", "schema"}},
+	".":                    {ours: []string{"blobstore", "changelog", "gateway", "internal/chaos", "internal/pgserver", "internal/ports", "internal/redisserver", "policies", "replication", "schema"}},
 	"gateway":              {ours: []string{"blobstore", "changelog", "internal/failpoint", "policies", "schema"}, libraries: []string{"github.com/gofiber/", "github.com/fasthttp/", "github.com/golang-jwt/", "github.com/MicahParks/", "github.com/redis/"}},
 	"replication":          {ours: []string{"changelog", "internal/failpoint", "policies", "schema"}, libraries: []string{"github.com/jackc/pglogrepl"}},
 	"changelog":            {ours: []string{"internal/failpoint", "internal/migrate"}, libraries: []string{"github.com/redis/"}},
@@ -24,12 +24,13 @@ var fences = map[string]struct{ ours, libraries []string }{
 	"blobstore":            {ours: []string{"internal/failpoint"}, libraries: []string{"gocloud.dev/", "github.com/aws/", "cloud.google.com/", "github.com/Azure/"}},
 	"internal/badlink":     {},
 	"internal/built":       {},
-	"internal/chaos":       {ours: []string{"changelog", "internal/badlink", "internal/failpoint", "internal/pgserver", "internal/redisserver", "policies", "schema"}},
+	"internal/chaos":       {ours: []string{"changelog", "internal/badlink", "internal/failpoint", "internal/pgserver", "internal/ports", "internal/redisserver", "policies", "schema"}},
 	"internal/failpoint":   {},
 	"internal/migrate":     {},
-	"internal/pgserver":    {},
-	"internal/redisserver": {},
-	"bench":                {ours: []string{"changelog", "gateway", "internal/pgserver", "internal/redisserver", "policies", "replication", "schema"}},
+	"internal/pgserver":    {ours: []string{"internal/ports"}},
+	"internal/ports":       {},
+	"internal/redisserver": {ours: []string{"internal/ports"}},
+	"bench":                {ours: []string{"changelog", "gateway", "internal/pgserver", "internal/ports", "internal/redisserver", "policies", "replication", "schema"}},
 }
 
 // demoFiles of package main drive a WebSocket as a client does.

@@ -15,7 +15,7 @@ import (
 
 	"github.com/walgate/walgate/internal/built"
 	"github.com/walgate/walgate/internal/failpoint"
-	"github.com/walgate/walgate/internal/pgserver"
+	"github.com/walgate/walgate/internal/ports"
 )
 
 // gatewayProcess is the gateway as a process of its own, to be stopped and killed.
@@ -38,10 +38,11 @@ func newGatewayProcess(t *testing.T, config string) (*gatewayProcess, *Config) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	port, err := pgserver.FreePort()
+	port, release, err := ports.Reserve()
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(release)
 	dir := t.TempDir()
 	p := &gatewayProcess{t: t, binary: binary, config: filepath.Join(dir, "config.yaml"), log: filepath.Join(dir, "gateway.log"),
 		base: fmt.Sprintf("http://127.0.0.1:%d", port)}

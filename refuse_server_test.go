@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 
 	"github.com/walgate/walgate/internal/pgserver"
+	"github.com/walgate/walgate/internal/ports"
 )
 
 const refuseTable = `CREATE TABLE IF NOT EXISTS items (id int PRIMARY KEY, v int)`
@@ -195,10 +196,11 @@ func startPgBouncer(t *testing.T, server *pgserver.Server, dsn, settings string)
 	if err != nil {
 		binary = "/usr/sbin/pgbouncer" // Debian's place, which isn't in everybody's path
 	}
-	port, err := pgserver.FreePort()
+	port, release, err := ports.Reserve()
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(release)
 	path := filepath.Join(t.TempDir(), "pgbouncer.ini")
 	text := fmt.Sprintf("[databases]\n* = host=127.0.0.1 port=%d\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = %d\nunix_socket_dir =\nauth_type = any\n%s\n", server.Port(), port, settings)
 	text = strings.Replace(text, "* = host=127.0.0.1", "* = user=postgres host=127.0.0.1", 1)

@@ -17,7 +17,7 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 	"github.com/jackc/pgx/v5"
 
-	"github.com/walgate/walgate/internal/pgserver"
+	"github.com/walgate/walgate/internal/ports"
 )
 
 const secret = "a secret of the benchmark that signs its own tokens"
@@ -38,7 +38,7 @@ type gateway struct {
 
 // newGateway writes the configuration; an empty redis is none.
 func newGateway(b *bench, d *database, policy, redis string) (*gateway, error) {
-	port, err := pgserver.FreePort()
+	port, _, err := ports.Reserve()
 	if err != nil {
 		return nil, err
 	}

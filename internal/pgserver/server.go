@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"net/url"
 	"os"
@@ -15,6 +14,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/walgate/walgate/internal/ports"
 )
 
 const (
@@ -57,6 +58,8 @@ type Server struct {
 	root    string
 	port    int
 	lock    *os.File // Held on a temporary root; nil for one that is kept.
+
+	releasePort func() // nil: the port was named, or there is none yet
 
 	mu      sync.Mutex // Guards process, and is held while the server starts and stops.
 	process *process
@@ -155,12 +158,13 @@ func (s *Server) startOnPort(ctx context.Context) error {
 	}
 	var err error
 	for range portTries {
-		if s.port, err = FreePort(); err != nil {
+		if s.port, s.releasePort, err = ports.Reserve(); err != nil {
 			return err
 		}
 		if err = s.launch(ctx); err == nil || !s.portTaken() {
 			return err
 		}
+		s.releasePort()
 	}
 	return err
 }
@@ -172,19 +176,6 @@ func (s *Server) portTaken() bool {
 		return true
 	}
 	return listener.Close() != nil
-}
-
-// FreePort returns a TCP port on 127.0.0.1 that nothing listens on, below those that the system gives to outgoing
-// connections: none of these can take it before it is used, or while its server is down.
-func FreePort() (int, error) {
-	for range 100 {
-		port := 20000 + rand.IntN(12000)
-		listener, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
-		if err == nil {
-			return port, listener.Close()
-		}
-	}
-	return 0, errors.New("no free TCP port between 20000 and 32000 on 127.0.0.1: name one with the port option")
 }
 
 // launch runs postgres on the data directory and waits until it accepts connections. The caller holds mu.
@@ -298,6 +289,9 @@ func (s *Server) Close(ctx context.Context) error {
 	err := s.Stop(ctx)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.releasePort != nil {
+		s.releasePort()
+	}
 	return errors.Join(err, s.removeTemporary())
 }
 

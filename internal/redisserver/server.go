@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -21,6 +20,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/walgate/walgate/internal/ports"
 )
 
 const (
@@ -50,6 +51,8 @@ type Server struct {
 	dir     string
 	port    int
 
+	releasePort func() // nil: the port was named
+
 	mu     sync.Mutex
 	cmd    *exec.Cmd
 	exited chan struct{} // closed when the process has been waited for
@@ -76,7 +79,7 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 	}
 	for range portTries {
 		if s.port = o.Port; s.port == 0 {
-			if s.port, err = freePort(); err != nil {
+			if s.port, s.releasePort, err = ports.Reserve(); err != nil {
 				break
 			}
 		}
@@ -86,22 +89,9 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 		if o.Port != 0 {
 			break
 		}
+		s.releasePort()
 	}
 	return nil, errors.Join(err, os.RemoveAll(s.dir))
-}
-
-// freePort returns a port below those that the system gives to outgoing connections, so that none of these takes it while
-// the server is down.
-func freePort() (int, error) {
-	var err error
-	for range 100 {
-		port := 10000 + rand.IntN(10000)
-		var l net.Listener
-		if l, err = net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port))); err == nil {
-			return port, l.Close()
-		}
-	}
-	return 0, fmt.Errorf("find a free port: %w", err)
 }
 
 func (s *Server) launch(ctx context.Context) error {
@@ -215,7 +205,13 @@ func (s *Server) signal(signal syscall.Signal) error {
 }
 
 // Close ends the server and removes its directory.
-func (s *Server) Close() error { return errors.Join(s.Kill(), os.RemoveAll(s.dir)) }
+func (s *Server) Close() error {
+	err := errors.Join(s.Kill(), os.RemoveAll(s.dir))
+	if s.releasePort != nil {
+		s.releasePort()
+	}
+	return err
+}
 
 // Do sends one command over a connection of its own and returns the answer: a text, a number as text, or the elements of a
 // list, a line each. An error answer is an error.
