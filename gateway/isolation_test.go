@@ -98,3 +98,27 @@ func TestWordsSpareLooks(t *testing.T) {
 		return false
 	})
 }
+
+// TestNewcomersAreLookedAt: who joins was judged by the collections' state of before, so its instance looks at the log at the
+// next check, however much the bus tells it.
+func TestNewcomersAreLookedAt(t *testing.T) {
+	t.Parallel()
+	const every = 2 * time.Second
+	e := newEnv(t, setup{})
+	a := e.another(t, setup{bus: func(b changelog.Bus) changelog.Bus { return b }, gateway: func(g *Gateway) { g.hub.every = every }})
+	hub, id := a.g.hub, 0
+	write := func() (looks int64) {
+		id++
+		ok(t, e.insertAlone(id, "ana"))
+		return hub.looks.Load()
+	}
+	token := tokenFor(t, "ana", nil)
+	a.subscribe(t, token, a.here(t, token), "")
+	eventually(t, "somebody new is there", hub.newcomers)
+	joined := time.Now()
+	looks := hub.looks.Load()
+	eventually(t, "it looks", func() bool { return write() != looks })
+	if waited := time.Since(joined); waited > sparedMost*every/2 { // words spare looks for twice that
+		t.Errorf("looked after %s", waited)
+	}
+}
