@@ -377,14 +377,14 @@ func (c *syncClient) resync(ctx context.Context) error {
 		}
 	}
 	last := r.cursor
-	if len(others) > 0 && versionOf(last) > versionOf(c.replica.cursor) {
+	if len(others) > 0 && c.replica.cursor != "" {
 		r.cursor = c.replica.cursor
 		known := len(c.lost)
 		if r, _, err = c.pull(ctx, r, others, last, 0); err != nil || len(c.lost) > known {
 			return err
 		}
-		if r.cursor != last {
-			c.broken("pulling until %s ended at %s", last, r.cursor)
+		if versionOf(r.cursor) != max(versionOf(last), versionOf(c.replica.cursor)) {
+			c.broken("pulling until %s from %s ended at %s", last, c.replica.cursor, r.cursor)
 		}
 	}
 	c.lost, r.cursor = nil, last

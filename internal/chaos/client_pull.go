@@ -120,12 +120,12 @@ func (c *client) resync(ctx context.Context) error {
 		}
 	}
 	var rest *unit
-	if len(others) > 0 && rank(f.last) > rank(c.cursor) {
+	if len(others) > 0 && c.cursor != "" { // also where nothing was logged since: other claims would make these be read in full too
 		if rest, _, err = c.pull(ctx, c.cursor, others, f.last, 0); err != nil || rest == nil {
 			return err
 		}
-		if rank(rest.last) != rank(f.last) {
-			c.violation("a pull ends where it is told to", "pulling until %s ended at %s", f.last, rest.last)
+		if rank(rest.last) != max(rank(f.last), rank(c.cursor)) {
+			c.violation("a pull ends where it is told to", "pulling until %s from %s ended at %s", f.last, c.cursor, rest.last)
 		}
 	}
 	if rest != nil {

@@ -319,3 +319,18 @@ func rulesInSource(t *testing.T) []string {
 	}
 	return slices.Sorted(maps.Keys(found))
 }
+
+// TestResyncAsksForTheOthers: one collection is to be read in full, at a position that the client already has. What its new
+// claims mean for the others, only a pull of them says.
+func TestResyncAsksForTheOthers(t *testing.T) {
+	t.Parallel()
+	nothing := fullOf(fmt.Sprintf(`{"end":true,"count":0,"last_seq":%q}`, at(7)))
+	c := scriptedClient(t, nothing, body(`{"full_resync_required":true,"collections":["notes"],"reason":"scopes_changed"}`))
+	c.names, c.lost, c.cursor = []string{"notes", "others"}, []string{"others"}, at(7)
+	if err := c.resync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{"others", "notes"}; !slices.Equal(c.lost, want) {
+		t.Errorf("to be read in full: %v, want %v", c.lost, want)
+	}
+}
