@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"fmt"
 	"net"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -179,4 +181,24 @@ func TestRedisBusLooksAroundSubscribing(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestQuietSubscriptionStays: where nothing is announced for long, the subscription isn't silent: Redis is asked for life.
+func TestQuietSubscriptionStays(t *testing.T) {
+	t.Parallel()
+	server := redisserver.StartForTest(t, redisserver.Options{})
+	awaitWell(t, openBus(t, "redis://"+server.Addr()), true)
+	age := regexp.MustCompile(` age=([0-9]+) `)
+	awaitThat(t, "the subscription is older than silence may last", func() bool {
+		clients, err := server.Do(t.Context(), "CLIENT", "LIST", "TYPE", "pubsub")
+		if err != nil {
+			return false
+		}
+		m := age.FindStringSubmatch(clients)
+		if m == nil {
+			return false
+		}
+		seconds, err := strconv.Atoi(m[1])
+		return err == nil && time.Duration(seconds)*time.Second > silenceMost+time.Second
+	})
 }
