@@ -58,6 +58,7 @@ type client struct {
 
 	telling sync.Mutex
 	trail   []string // what it did last, for the story
+	turns   []string // what changed its course, which a long trail would have pushed out
 }
 
 const (
@@ -136,8 +137,13 @@ func (c *client) claim() error {
 func (c *client) note(format string, args ...any) {
 	c.telling.Lock()
 	defer c.telling.Unlock()
-	c.trail = append(c.trail, time.Now().UTC().Format("15:04:05.000 ")+fmt.Sprintf(format, args...))
+	line := time.Now().UTC().Format("15:04:05.000 ") + fmt.Sprintf(format, args...)
+	c.trail = append(c.trail, line)
 	c.trail = c.trail[max(0, len(c.trail)-trailLength):]
+	if strings.Contains(format, "resync of") || strings.Contains(format, "claims") {
+		c.turns = append(c.turns, line)
+		c.turns = c.turns[max(0, len(c.turns)-trailLength/2):]
+	}
 }
 
 // story is who the client is, and what it did last.
@@ -145,7 +151,7 @@ func (c *client) story() string {
 	c.telling.Lock()
 	defer c.telling.Unlock()
 	claims, _ := json.Marshal(c.claims) // from JSON
-	return fmt.Sprintf("client %d (subject %s, device %s, roles %v, claims %s) at %q, settles %q\n    %s", c.n, c.subject, c.device, c.roles, claims, c.cursor, c.settles, strings.Join(c.trail, "\n    "))
+	return fmt.Sprintf("client %d (subject %s, device %s, roles %v, claims %s) at %q, settles %q\n    turns:\n    %s\n    trail:\n    %s", c.n, c.subject, c.device, c.roles, claims, c.cursor, c.settles, strings.Join(c.turns, "\n    "), strings.Join(c.trail, "\n    "))
 }
 
 func (c *client) violation(rule, format string, args ...any) {

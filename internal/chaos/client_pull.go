@@ -108,7 +108,7 @@ func (c *client) resync(ctx context.Context) error {
 		pause(ctx, 100*time.Millisecond)
 		return nil
 	}
-	whole := slices.Clone(c.lost)
+	whole, before := slices.Clone(c.lost), c.cursor
 	f, err := c.full(ctx, whole)
 	if err != nil {
 		return err
@@ -137,7 +137,7 @@ func (c *client) resync(ctx context.Context) error {
 	c.history.resync(whole, f.last)
 	c.history.cut = true // the others stand where the client chose
 	c.lost, c.cursor, c.settles = nil, f.last, max(c.settles, f.settles)
-	c.note("resync of %v done at %s, settles %q", whole, f.last, f.settles)
+	c.note("resync of %v done at %s, from %q, settles %q", whole, f.last, before, f.settles)
 	c.keepPromises()
 	return nil
 }
