@@ -137,13 +137,21 @@ func (c *client) claim() error {
 func (c *client) note(format string, args ...any) {
 	c.telling.Lock()
 	defer c.telling.Unlock()
-	line := time.Now().UTC().Format("15:04:05.000 ") + fmt.Sprintf(format, args...)
-	c.trail = append(c.trail, line)
+	c.trail = append(c.trail, stamped(format, args))
 	c.trail = c.trail[max(0, len(c.trail)-trailLength):]
-	if strings.Contains(format, "resync of") || strings.Contains(format, "claims") {
-		c.turns = append(c.turns, line)
-		c.turns = c.turns[max(0, len(c.turns)-trailLength/2):]
-	}
+}
+
+// turn notes what changes the client's course.
+func (c *client) turn(format string, args ...any) {
+	c.note(format, args...)
+	c.telling.Lock()
+	defer c.telling.Unlock()
+	c.turns = append(c.turns, stamped(format, args))
+	c.turns = c.turns[max(0, len(c.turns)-trailLength/2):]
+}
+
+func stamped(format string, args []any) string {
+	return time.Now().UTC().Format("15:04:05.000 ") + fmt.Sprintf(format, args...)
 }
 
 // story is who the client is, and what it did last.

@@ -65,7 +65,7 @@ func (c *client) pull(ctx context.Context, since string, names []string, until s
 		}
 		c.w.count("clients: pages")
 		if p.Resync {
-			c.note("pull from %s: resync of %v, %s%s", u.last, p.Collections, p.Reason, from(a.header))
+			c.turn("pull from %s: resync of %v, %s%s", u.last, p.Collections, p.Reason, from(a.header))
 			return nil, false, c.told(p.Collections, p.Reason)
 		}
 		c.note("pull from %s, limit %d, until %q: %d changes to %s, more %t, partial %t%s", u.last, limit, until, len(p.Changes), p.LastSeq, p.HasMore, p.Partial, from(a.header))
@@ -137,7 +137,7 @@ func (c *client) resync(ctx context.Context) error {
 	c.history.resync(whole, f.last)
 	c.history.cut = true // the others stand where the client chose
 	c.lost, c.cursor, c.settles = nil, f.last, max(c.settles, f.settles)
-	c.note("resync of %v done at %s, from %q, settles %q", whole, f.last, before, f.settles)
+	c.turn("resync of %v done at %s, from %q, settles %q", whole, f.last, before, f.settles)
 	c.keepPromises()
 	return nil
 }

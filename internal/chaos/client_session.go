@@ -45,7 +45,7 @@ func (c *client) session(ctx context.Context) error {
 			return err
 		}
 		if p.Resync {
-			c.note("session: resync of %v, %s", p.Collections, p.Reason)
+			c.turn("session: resync of %v, %s", p.Collections, p.Reason)
 			c.w.count("clients: session resync " + p.Reason)
 			f, err := c.full(ctx, p.Collections)
 			if err != nil {

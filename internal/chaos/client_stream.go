@@ -123,7 +123,7 @@ func (s *following) handle(f *frame, text []byte) (ended bool, err error) {
 		s.store(f.LastSeq)
 		c.note("stream: %s at %s", f.Type, f.LastSeq)
 	case "full_resync_required":
-		c.note("stream: resync of %v, %s", f.Collections, f.Reason)
+		c.turn("stream: resync of %v, %s", f.Collections, f.Reason)
 		s.resync = true
 		return true, c.told(f.Collections, f.Reason)
 	case "goodbye":

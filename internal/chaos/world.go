@@ -144,7 +144,7 @@ func (c *client) renew() {
 		c.w.o.Logf("new claims of client %d: %v", c.n, err)
 		return
 	}
-	c.note("new claims")
+	c.turn("new claims")
 	c.w.count("clients: new claims")
 	c.promises = nil
 	c.w.ledger.mu.Lock()

@@ -161,10 +161,13 @@ func (s *Server) startOnPort(ctx context.Context) error {
 		if s.port, s.releasePort, err = ports.Reserve(); err != nil {
 			return err
 		}
-		if err = s.launch(ctx); err == nil || !s.portTaken() {
-			return err
+		if err = s.launch(ctx); err == nil {
+			return nil
 		}
 		s.releasePort()
+		if !s.portTaken() {
+			return err
+		}
 	}
 	return err
 }

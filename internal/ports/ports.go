@@ -4,6 +4,7 @@ package ports
 
 import (
 	"errors"
+	"io"
 	"math/rand/v2"
 	"net"
 	"runtime"
@@ -19,7 +20,7 @@ const (
 
 var (
 	mu    sync.Mutex
-	given = map[int]bool{}
+	given = map[int]io.Closer{} // kept here, for a listener that nobody refers to would be closed some day
 )
 
 // Reserve returns a port that nothing listens on and that no other caller gets before release, on Linux not in another
@@ -45,22 +46,22 @@ func Reserve() (port int, release func(), err error) {
 func reserve(port int) (release func()) {
 	mu.Lock()
 	defer mu.Unlock()
-	if given[port] {
+	if _, is := given[port]; is {
 		return nil
 	}
-	claim := func() error { return nil }
+	var claim io.Closer = io.NopCloser(nil)
 	if runtime.GOOS == "linux" { // an abstract socket: one process has its name, until it ends
 		l, err := net.Listen("unix", "@walgate-port-"+strconv.Itoa(port))
 		if err != nil {
 			return nil
 		}
-		claim = l.Close
+		claim = l
 	}
-	given[port] = true
+	given[port] = claim
 	return sync.OnceFunc(func() {
 		mu.Lock()
 		defer mu.Unlock()
 		delete(given, port)
-		_ = claim()
+		_ = claim.Close()
 	})
 }
