@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -41,12 +42,13 @@ func TestCareUnderEverything(t *testing.T) {
 				defer close(ended)
 				u.rounds(rand.New(rand.NewPCG(uint64(seed), 8)), stop)
 			}()
+			end := sync.OnceFunc(func() { close(stop); <-ended })
+			defer end() // also where a step fails
 			for range randomSteps {
 				u.step()
 				u.check()
 			}
-			close(stop)
-			<-ended
+			end()
 			u.settle()
 		})
 	}

@@ -95,7 +95,9 @@ func (c *caring) file(id, text string) {
 // age makes what was noted lie the grace period back.
 func (c *caring) age() {
 	c.t.Helper()
-	c.exec(`UPDATE walgate.files SET unreferenced_since = unreferenced_since - interval '2 hours' WHERE unreferenced_since IS NOT NULL`)
+	// In the order of their ids: a round that is under way may lock several as well.
+	c.exec(`UPDATE walgate.files SET unreferenced_since = unreferenced_since - interval '2 hours'
+		WHERE attachment_id IN (SELECT attachment_id FROM walgate.files WHERE unreferenced_since IS NOT NULL ORDER BY attachment_id FOR UPDATE) AND unreferenced_since IS NOT NULL`)
 }
 
 // state is a file's state, and whether its bytes are noted as gone.
